@@ -1,0 +1,90 @@
+"""A span: the consecutive blocks that a node holds, run over ragged batches.
+
+A span keeps no state of any session. Positions come from the caller, caches belong to the sessions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from petalnode.errors import LocalProtocolError
+from petalnode.models.attention import RaggedBatch, RowSlice
+from petalnode.models.config import ModelConfig
+from petalnode.models.kv_cache import RowCache
+from petalnode.models.llama import LlamaBlock
+from petalnode.models.rope import angles, inverse_frequencies
+
+__all__ = ["RowSlice", "Span"]
+
+
+class Span:
+    """The blocks [start, end) of a model, in one dtype on one device. For one thread at a time."""
+
+    def __init__(
+        self, config: ModelConfig, start: int, end: int, blocks: Sequence[LlamaBlock]
+    ) -> None:
+        self.config, self.start, self.end = config, start, end
+        self._blocks = tuple(blocks)
+        weights = self._blocks[0].qkv_DH
+        self.dtype, self.device = weights.dtype, weights.device
+        self._inverse = inverse_frequencies(config.rope, config.head_dim).to(self.device)
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of all weights of the span."""
+        return sum(block.nbytes for block in self._blocks)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes in one block."""
+        return 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.itemsize
+
+    def new_row(self, start: int, end: int) -> RowCache:
+        """Return an empty cache for one row that passes the blocks [start, end) of this span."""
+        self._check_range(start, end)
+        heads, size = self.config.num_kv_heads, self.config.head_dim
+        return RowCache(start, end, heads, size, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, rows: Sequence[RowSlice], start: int, end: int) -> Tensor:
+        """Run hidden states x [T, H] through the blocks [start, end); return [T, H].
+
+        `rows` cut the T tokens, in order. Each row's `position` must be its cache's length, and its
+        cache must be for the same blocks; no row may appear twice. The lengths advance when all
+        blocks are done. Raises `LocalProtocolError` where the caller breaks these rules.
+        """
+        self._check_range(start, end)
+        self._check_rows(x, rows, start, end)
+        pieces = [torch.arange(row.position, row.position + row.n) for row in rows]
+        positions = torch.cat(pieces).to(self.device)
+        cos, sin = angles(positions, self._inverse, self.dtype)
+        batch = RaggedBatch(rows, cos, sin)
+        x = x.to(dtype=self.dtype, device=self.device)
+        for block in self._blocks[start - self.start : end - self.start]:
+            x = block.forward(x, batch)
+        for row in rows:
+            row.cache.advance(row.n)
+        return x
+
+    def _check_range(self, start: int, end: int) -> None:
+        if not self.start <= start < end <= self.end:
+            raise LocalProtocolError(
+                f"Blocks {start}:{end} were asked of a span that holds {self.start}:{self.end}."
+            )
+
+    def _check_rows(self, x: Tensor, rows: Sequence[RowSlice], start: int, end: int) -> None:
+        if x.shape != (sum(row.n for row in rows), self.config.hidden_size) or not rows:
+            raise LocalProtocolError(f"A batch of shape {list(x.shape)} does not fit its rows.")
+        if len({id(row.cache) for row in rows}) != len(rows):
+            raise LocalProtocolError("One row appears twice in a batch.")
+        for row in rows:
+            if row.n < 1 or row.position != row.cache.length:
+                raise LocalProtocolError(
+                    f"{row.n} tokens at position {row.position} do not extend a row of "
+                    f"{row.cache.length} tokens."
+                )
+            if (row.cache.start, row.cache.end) != (start, end):
+                raise LocalProtocolError(
+                    f"A row for {row.cache.start}:{row.cache.end} was sent through {start}:{end}."
+                )

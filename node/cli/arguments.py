@@ -1,0 +1,153 @@
+"""The command line: verbs, flags, environment. Imports nothing heavy, so that --help is instant.
+
+Every flag can also be set as ``PETALNODE_<FLAG>`` (``PETALNODE_JOIN`` and other repeatable ones
+take values separated by blanks). A flag on the command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+EXAMPLES = {
+    "run": "petalnode run meta-llama/Llama-3.1-8B --num-blocks 8 --join pn1:…",
+    "generate": "petalnode generate demo 'def fibonacci(n):' --join pn1:… --max-new-tokens 64",
+    "status": "petalnode status --join pn1:…",
+    "demo": "petalnode demo",
+}
+JOIN_HELP = "invite (pn1:…) or multiaddr ending in /p2p/<peer id>; repeats"
+
+
+def build_parser(environ: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
+    """The whole parser, with defaults from ``environ`` (``os.environ`` if not given)."""
+    parser = argparse.ArgumentParser(
+        prog="petalnode",
+        description="Run language models far larger than your machine on a swarm of machines.",
+        epilog="Try `petalnode demo` first: a whole swarm on this machine.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _run(_verb(verbs, "run", "serve: join or found a swarm, hold a span of a model's blocks"))
+    _generate(_verb(verbs, "generate", "stream a completion to stdout"))
+    _status(_verb(verbs, "status", "who serves which blocks, health, coverage"))
+    _demo(_verb(verbs, "demo", "a whole swarm on this machine with the bundled model"))
+    values = os.environ if environ is None else environ
+    for verb in verbs.choices.values():
+        _apply_environment(verb, values)
+    return parser
+
+
+def _verb(verbs: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="Example: " + EXAMPLES[name],
+    )
+    verb.add_argument("--json", action="store_true", help="JSON objects on stdout, one a line")
+    return verb
+
+
+def _run(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("model", metavar="MODEL", help="hub id (org/name[@revision]), directory, or demo")
+    add("--join", action="append", default=[], metavar="JOIN", help=JOIN_HELP)
+    span = verb.add_mutually_exclusive_group()
+    span.add_argument("--blocks", type=block_range, metavar="A:B", help="serve exactly [A, B)")
+    span.add_argument("--num-blocks", type=positive, metavar="N", help="how many blocks to hold")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda[:i] or mps")
+    add("--dtype", default="auto", choices=DTYPES, help="of weights and computation")
+    add("--quant", default="none", choices=("none", "int8", "nf4"), help="of weights")
+    add("--kv-tokens", type=positive, metavar="N", help="tokens of attention cache to offer")
+    add("--host", default="0.0.0.0", help="listening address (default: all interfaces)")
+    add("--port", type=port, default=0, help="listening port (default 0: any free one)")
+    add("--announce", action="append", default=[], metavar="MULTIADDR", help=ANNOUNCE_HELP)
+    add("--name", default="", help="shown to others in status")
+    add("--identity", metavar="FILE", help="key file, made on first use")
+    _add_checkpoint(verb)
+
+
+def _generate(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("model", metavar="MODEL", help="hub id (org/name[@revision]), directory, or demo")
+    add("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin")
+    add("--join", action="append", default=[], metavar="JOIN", help=JOIN_HELP)
+    add("--max-new-tokens", type=positive, default=128, metavar="N", help="default 128")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    add("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest; 0: all")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from this mass; 1: all")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default 1: none")
+    add("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeats")
+    add("--dtype", default="auto", choices=DTYPES, help="of embeddings and head")
+    _add_checkpoint(verb)
+
+
+def _status(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("model", metavar="MODEL", nargs="?", help="only if the swarm serves this model")
+    add("--join", action="append", default=[], metavar="JOIN", help=JOIN_HELP)
+    add("--watch", action="store_true", help="again every few seconds until interrupted")
+    _add_checkpoint(verb)
+
+
+def _demo(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--prompt", default="", help="what to complete instead of the usual text")
+
+
+def _add_checkpoint(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub repo")
+    verb.add_argument("--cache-dir", metavar="DIR", help="where downloads go (default: HF_HOME)")
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ANNOUNCE_HELP = "an address that others should dial, if this machine cannot see it; repeats"
+
+
+def block_range(text: str) -> tuple[int, int]:
+    """``A:B`` with A < B."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of blocks such as 0:8")
+    return int(first), int(last)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """A TCP port, or 0."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def _apply_environment(verb: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    for action in verb._actions:
+        if not action.option_strings or action.dest == "help":
+            continue
+        name = "PETALNODE_" + action.dest.upper()
+        if name in environ:
+            action.default = _environment_value(verb, action, name, environ[name])
+
+
+def _environment_value(
+    verb: argparse.ArgumentParser, action: argparse.Action, name: str, text: str
+) -> Any:
+    if isinstance(action.default, list):
+        return text.split()
+    if isinstance(action.default, bool):
+        return text.lower() not in ("", "0", "false", "no")
+    convert: Callable[[str], Any] = action.type if callable(action.type) else str
+    try:
+        value = convert(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        verb.error(f"environment variable {name}: {error}")
+    if action.choices is not None and value not in action.choices:
+        verb.error(f"environment variable {name}: {text!r} is not one of {list(action.choices)}")
+    return value

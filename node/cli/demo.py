@@ -1,0 +1,147 @@
+"""``petalnode demo``: three nodes as processes on this machine, and one prompt through them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from petalnode.cli.arguments import build_parser
+from petalnode.cli.generate import generate
+from petalnode.cli.output import note, reporter, short
+from petalnode.errors import PetalnodeError
+from petalnode.models.checkpoint import open_checkpoint
+from petalnode.nurseries import plain_errors
+
+SPANS = ("0:3", "3:6", "6:8")
+PROMPT = "class Stack:\n    def __init__(self):\n"
+NEW_TOKENS = 120
+START_DEADLINE_S = 25.0
+STOP_DEADLINE_S = 4.0
+
+Say = Callable[[str], None]
+
+
+def main(arguments: Namespace) -> int:
+    """Run the demo; it ends by itself."""
+    trio.run(demo, arguments)
+    return 0
+
+
+async def demo(arguments: Namespace) -> None:
+    """Start the nodes, generate, stop the nodes."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # four processes share this machine
+    say: Say = silence if arguments.json else note
+    prompt = arguments.prompt or PROMPT
+    checkpoint = open_checkpoint("demo")
+    with tempfile.TemporaryDirectory(prefix="petalnode-demo-") as folder:
+        say(f"starting {len(SPANS)} nodes on this machine, each with a part of the model:")
+        async with open_processes(Path(folder), say) as invite:
+            verb = ["generate", "demo", prompt, "--join", invite]
+            wanted = build_parser().parse_args([*verb, "--max-new-tokens", str(NEW_TOKENS)])
+            say("asking them to go on from this prompt:\n")
+            if not arguments.json:
+                print(prompt, end="", flush=True)
+            await generate(checkpoint, wanted, reporter(arguments.json))
+        say("the nodes have stopped. Next: petalnode run MODEL, petalnode generate MODEL PROMPT")
+
+
+def silence(text: str) -> None:
+    """A ``Say`` for --json."""
+
+
+@dataclass
+class ServingProcess:
+    """One ``petalnode run demo`` in a process of its own, and what it has said."""
+
+    process: trio.Process
+    invite: str = ""
+    listening: trio.Event = field(default_factory=trio.Event)
+    ready: trio.Event = field(default_factory=trio.Event)
+
+    async def follow(self, say: Say) -> None:
+        """Read its events until it ends."""
+        assert self.process.stdout is not None
+        pending = b""
+        async for chunk in self.process.stdout:
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                self._take(json.loads(line), say)
+        if not self.ready.is_set():
+            raise PetalnodeError(
+                f"A node of the demo ended with exit code {await self.process.wait()}.",
+                "Run `petalnode run demo` by hand to see why.",
+            )
+
+    def _take(self, event: dict[str, Any], say: Say) -> None:
+        if event["event"] == "listening":
+            self.invite = event["invite"]
+            self.listening.set()
+        elif event["event"] == "ready":
+            first, end = event["blocks"]
+            say(f"  {short(event['peer_id'])} serves blocks {first}:{end}")
+            self.ready.set()
+
+
+@asynccontextmanager
+async def open_processes(folder: Path, say: Say) -> AsyncIterator[str]:
+    """The serving processes; the value is an invite. They are stopped on leaving."""
+    nodes: list[ServingProcess] = []
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            try:
+                with trio.move_on_after(START_DEADLINE_S) as deadline:
+                    await start_all(nursery, nodes, folder, say)
+                if deadline.cancelled_caught:
+                    raise PetalnodeError(
+                        f"The nodes were not ready within {START_DEADLINE_S:.0f} s.",
+                        "This machine may be busy: try again.",
+                    )
+                yield nodes[0].invite
+            finally:
+                with trio.CancelScope(shield=True):
+                    await stop_all(nodes)
+                nursery.cancel_scope.cancel()
+
+
+async def start_all(
+    nursery: trio.Nursery, nodes: list[ServingProcess], folder: Path, say: Say
+) -> None:
+    """The first founds the swarm, the others join it by its invite."""
+    for number, blocks in enumerate(SPANS):
+        identity = folder / f"identity-{number}.key"
+        join = ["--join", nodes[0].invite] if nodes else []
+        verb = [sys.executable, "-m", "petalnode", "run", "demo", "--json"]
+        where = ["--host", "127.0.0.1", "--blocks", blocks, "--name", f"demo-{number + 1}"]
+        process = await trio.lowlevel.open_process(
+            [*verb, *where, "--identity", str(identity), *join],
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C goes to the demo, which stops its nodes itself
+        )
+        nodes.append(ServingProcess(process))
+        nursery.start_soon(nodes[-1].follow, say)
+        await nodes[0].listening.wait()
+    for node in nodes:
+        await node.ready.wait()
+
+
+async def stop_all(nodes: list[ServingProcess]) -> None:
+    """Ask each to drain and leave; kill what does not."""
+    for node in nodes:
+        node.process.terminate()
+    with trio.move_on_after(STOP_DEADLINE_S):
+        for node in nodes:
+            await node.process.wait()
+    for node in nodes:
+        node.process.kill()
+        await node.process.wait()

@@ -1,0 +1,67 @@
+"""``petalnode generate``: stream one completion through the swarm."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+
+import trio
+
+from petalnode.cli.output import reporter
+from petalnode.errors import UsageError
+from petalnode.events import Done, Report, TokenEvent
+from petalnode.joining import parse_joins
+from petalnode.models.checkpoint import Checkpoint, open_checkpoint
+
+
+def main(arguments: Namespace) -> int:
+    """Check what can be checked before torch is loaded, then generate."""
+    if arguments.prompt == "-":
+        arguments.prompt = sys.stdin.read()
+    if not arguments.join:
+        raise UsageError(
+            "There is no swarm to ask: no --join was given.",
+            f"Start one with `petalnode run {arguments.model}` and pass the invite that it prints.",
+        )
+    parse_joins(arguments.join)
+    checkpoint = open_checkpoint(
+        arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir
+    )
+    trio.run(generate, checkpoint, arguments, reporter(arguments.json))
+    return 0
+
+
+async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report) -> None:
+    """Join as a client, generate, and report every token."""
+    from petalnode.models.sampling import SamplingConfig
+    from petalnode.node import NodeOptions, open_node
+    from petalnode.session.session import GenerateOptions
+
+    options = GenerateOptions(
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=SamplingConfig(
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            repetition_penalty=arguments.repetition_penalty,
+            seed=arguments.seed,
+        ),
+        stop=tuple(arguments.stop),
+    )
+    node_options = NodeOptions(join=tuple(arguments.join), dtype=arguments.dtype)
+    async with (
+        open_node(checkpoint, node_options) as node,
+        node.open_session(report) as session,
+    ):
+        generation = session.generate(arguments.prompt, options)
+        async for token in generation:
+            report(TokenEvent(token.id, token.text, token.position, round(token.ms, 3)))
+        report(
+            Done(
+                tokens=generation.tokens,
+                text=generation.text,
+                ttft_ms=round((generation.ttft_s or 0.0) * 1000, 3),
+                tokens_per_s=round(generation.tokens_per_s, 3),
+                finish_reason=generation.finish_reason or "length",
+            )
+        )

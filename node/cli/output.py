@@ -1,0 +1,132 @@
+"""Events for a program (JSON lines on stdout) or for a person (sentences on stderr)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+from petalnode import events
+from petalnode.events import Event, Report
+
+BAR_WIDTH = 24
+
+
+def reporter(as_json: bool) -> Report:
+    """The ``Report`` that suits what was asked for."""
+    return print_json if as_json else print_human
+
+
+def print_json(event: Event) -> None:
+    """One JSON object on stdout, flushed: a reader sees it as it happens."""
+    print(json.dumps(event.to_json()), flush=True)
+
+
+def print_human(event: Event) -> None:
+    """A line on stderr, a progress bar while loading, or a token's text on stdout."""
+    say = SENTENCES.get(type(event))
+    if say is not None:
+        say(event)
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def short(peer_id: str) -> str:
+    """The end of a peer id, which is what tells two apart."""
+    return "…" + peer_id[-6:]
+
+
+def span(blocks: tuple[int, int]) -> str:
+    """``blocks 0:4``."""
+    return f"blocks {blocks[0]}:{blocks[1]}"
+
+
+def _listening(event: events.Listening) -> None:
+    for addr in event.addrs:
+        note(f"listening on {addr}")
+    if event.addrs:
+        note(f"another machine joins with: --join {event.invite}")
+
+
+def _loading(event: events.Loading) -> None:
+    if not sys.stderr.isatty():
+        return
+    filled = BAR_WIDTH * event.done // max(event.total, 1)
+    bar = "█" * filled + "░" * (BAR_WIDTH - filled)
+    end = "\n" if event.done == event.total else ""
+    text = f"\rloading {span(event.blocks)} {bar} {event.done}/{event.total}"
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def _ready(event: events.Ready) -> None:
+    weights = event.memory["weights"] / 2**20
+    peak = event.memory["peak"] / 2**20
+    note(
+        f"ready: {short(event.peer_id)} serves {span(event.blocks)} of {event.model}, "
+        f"{event.throughput['decode']:.0f} tokens/s; weights {weights:.0f} MiB, peak {peak:.0f} MiB"
+    )
+
+
+def _draining(event: events.Draining) -> None:
+    note(f"draining: {event.sessions} sessions open; Ctrl-C again to stop at once")
+
+
+def _stopped(event: events.Stopped) -> None:
+    note("stopped")
+
+
+def _waiting(event: events.Waiting) -> None:
+    note(f"waiting up to {event.for_s:.0f} s: {event.why}")
+
+
+def _route(event: events.Route) -> None:
+    note("route: you → " + " → ".join(map(_hop, event.hops)) + " → you")
+
+
+def _hop(hop: events.HopInfo) -> str:
+    rtt = "" if hop.rtt_ms is None else f", {hop.rtt_ms:.1f} ms"
+    return f"{short(hop.peer_id)} ({span(hop.blocks)}{rtt})"
+
+
+def _token(event: events.TokenEvent) -> None:
+    print(event.text, end="", flush=True)
+
+
+def _done(event: events.Done) -> None:
+    print(flush=True)
+    note(
+        f"{len(event.tokens)} tokens ({event.finish_reason}), first after "
+        f"{event.ttft_ms:.0f} ms, then {event.tokens_per_s:.1f} tokens/s"
+    )
+
+
+def _swarm(event: events.Swarm) -> None:
+    covered = "covered" if event.covered else "NOT covered"
+    print(f"{event.model}: {event.blocks} blocks, {len(event.peers)} peers, {covered}")
+    for peer in event.peers:
+        start, end = peer.blocks
+        bar = "".join("█" if start <= block < end else "·" for block in range(event.blocks))
+        rtt = "   ?  " if peer.rtt_ms is None else f"{peer.rtt_ms:6.1f}"
+        print(
+            f"  {short(peer.peer_id)} {bar} {start}:{end} {peer.state:9} {rtt} ms "
+            f"{peer.throughput:8.1f} tok/s {peer.kv_tokens_free:8} kv {peer.quant} {peer.name}"
+        )
+    for unused in event.not_used:
+        print(f"  not used: {short(unused.peer_id)}: {unused.why}")
+
+
+SENTENCES: dict[type[Event], Callable[..., None]] = {
+    events.Listening: _listening,
+    events.Loading: _loading,
+    events.Ready: _ready,
+    events.Draining: _draining,
+    events.Stopped: _stopped,
+    events.Waiting: _waiting,
+    events.Route: _route,
+    events.TokenEvent: _token,
+    events.Done: _done,
+    events.Swarm: _swarm,
+}

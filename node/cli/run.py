@@ -1,0 +1,67 @@
+"""``petalnode run``: serve until interrupted; the first interrupt drains, the second stops."""
+
+from __future__ import annotations
+
+import signal
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+
+from petalnode.cli.output import reporter
+from petalnode.events import Report, Stopped
+from petalnode.joining import parse_joins
+from petalnode.models.checkpoint import Checkpoint, open_checkpoint
+
+
+def main(arguments: Namespace) -> int:
+    """Check what can be checked before torch is loaded, then serve."""
+    parse_joins(arguments.join)
+    checkpoint = open_checkpoint(
+        arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir
+    )
+    trio.run(serve, checkpoint, arguments, reporter(arguments.json))
+    return 0
+
+
+async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) -> None:
+    """One node, until told to stop."""
+    from petalnode.node import NodeOptions, open_node
+
+    options = NodeOptions(
+        join=tuple(arguments.join),
+        blocks=arguments.blocks,
+        num_blocks=arguments.num_blocks,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        kv_tokens=arguments.kv_tokens,
+        host=arguments.host,
+        port=arguments.port,
+        announce=tuple(arguments.announce),
+        name=arguments.name,
+        identity=Path(arguments.identity) if arguments.identity else None,
+    )
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            serving, drain = trio.Event(), trio.Event()
+            nursery.start_soon(watch_signals, signals, serving, drain, nursery.cancel_scope)
+            async with open_node(checkpoint, options, report) as node:
+                serving.set()
+                await drain.wait()
+                await node.drain()
+            nursery.cancel_scope.cancel()
+    report(Stopped())
+    if nursery.cancel_scope.cancelled_caught:
+        raise KeyboardInterrupt
+
+
+async def watch_signals(
+    signals: AsyncIterator[int], serving: trio.Event, drain: trio.Event, scope: trio.CancelScope
+) -> None:
+    """The first signal drains a node that serves; the second one, or one before that, stops it."""
+    async for _ in signals:
+        if drain.is_set() or not serving.is_set():
+            scope.cancel()
+            return
+        drain.set()

@@ -1,0 +1,160 @@
+"""What a node and a generation report while they work: one dataclass an event.
+
+``to_json`` gives the object that ``--json`` prints, under the names of the command-line contract;
+people get sentences instead (``cli.output``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base: ``event`` is the name on the wire."""
+
+    event: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ``event`` first."""
+        return {"event": self.event, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Listening(Event):
+    """The port is bound. ``invite`` lets another machine join."""
+
+    event = "listening"
+    peer_id: str
+    addrs: Sequence[str]
+    invite: str
+
+
+@dataclass(frozen=True)
+class Loading(Event):
+    """``done`` of ``total`` bytes of the blocks' weights are loaded."""
+
+    event = "loading"
+    blocks: tuple[int, int]
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ready(Event):
+    """The node serves its blocks. ``throughput``: tokens/s of the span, decode and forward."""
+
+    event = "ready"
+    peer_id: str
+    blocks: tuple[int, int]
+    model: str
+    throughput: Mapping[str, float]
+    memory: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Draining(Event):
+    """The node takes no new sessions; ``sessions`` are still open."""
+
+    event = "draining"
+    sessions: int
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """The node has said goodbye."""
+
+    event = "stopped"
+
+
+@dataclass(frozen=True)
+class Waiting(Event):
+    """Nothing happens because of ``why``; ``for_s`` more seconds at most."""
+
+    event = "waiting"
+    why: str
+    for_s: float
+
+
+@dataclass(frozen=True)
+class HopInfo:
+    """One hop of a route; ``rtt_ms`` is None while unmeasured."""
+
+    peer_id: str
+    blocks: tuple[int, int]
+    rtt_ms: float | None
+
+
+@dataclass(frozen=True)
+class Route(Event):
+    """The chain that a session uses from now on."""
+
+    event = "route"
+    hops: Sequence[HopInfo]
+
+
+@dataclass(frozen=True)
+class TokenEvent(Event):
+    """One generated token."""
+
+    event = "token"
+    id: int
+    text: str
+    position: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class Done(Event):
+    """The generation is over. ``tokens`` are the new ids only."""
+
+    event = "done"
+    tokens: Sequence[int]
+    text: str
+    ttft_ms: float
+    tokens_per_s: float
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class PeerInfo:
+    """One peer as ``status`` shows it."""
+
+    peer_id: str
+    name: str
+    state: str
+    blocks: tuple[int, int]
+    rtt_ms: float | None
+    throughput: float
+    kv_tokens_free: int
+    quant: str
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A peer that a chain would not use now, and why."""
+
+    peer_id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Swarm(Event):
+    """Who serves a model."""
+
+    event = "swarm"
+    model: str
+    blocks: int
+    covered: bool
+    peers: Sequence[PeerInfo]
+    not_used: Sequence[Unused] = field(default_factory=tuple)
+
+
+Report = Callable[[Event], None]
+"""Takes events as they happen. Must not block."""
+
+
+def ignore(event: Event) -> None:
+    """A ``Report`` for those who do not care."""

@@ -1,0 +1,190 @@
+"""The hop protocol: what a client and the hops of its chain say to each other. No I/O here.
+
+A hop is opened by its client on a **control** stream, which stays open as long as the session does:
+
+    client → hop   open(session, fingerprint, blocks, rows, sender)   → opened | refused(code, why)
+    client → hop   link(peer, addrs)     push outputs to that peer    → linked | error
+    client → hop   step(seq, segments) + hidden [T, H]                where the client is the sender
+    hop → client   out(seq, segments)  + hidden [W, H]                where nobody was linked
+    hop → client   error(code, why, peer)                             what went wrong, and with whom
+
+The sender of a hop that is not the client uses a **feed** stream: ``feed(session) → fed``, then
+``step`` frames. A step carries segments ``(row, position, n, want)``: ``n`` tokens that extend that
+row at ``position``, or first truncate the row to it (design.md section 5: indexed by position,
+idempotent). ``want`` is how many of the segment's last outputs the client needs; the last hop
+returns just those, the others pass everything on. ``seq`` is the client's own count and comes back
+with the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HOP_PROTOCOL = "/petalnode/hop/1"
+
+SESSION_ID_BYTES = 16
+MAX_ROWS = 64
+MAX_STEP_TOKENS = 2048
+MAX_ADDRS = 16
+MAX_TEXT = 512
+MAX_BLOCKS = 4096
+MAX_POSITION = 1 << 24
+MAX_SEQ = 1 << 48
+
+
+class BadMessage(ValueError):
+    """The message breaks the protocol; the text says how."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``n`` tokens of ``row`` from ``position`` on, of which the last ``want`` are needed back."""
+
+    row: int
+    position: int
+    n: int
+    want: int
+
+    def to_wire(self) -> list[int]:
+        return [self.row, self.position, self.n, self.want]
+
+
+@dataclass(frozen=True)
+class Open:
+    """Open blocks ``[start, end)`` for a session; ``sender`` feeds it (None: the client does)."""
+
+    session: bytes
+    fingerprint: str
+    start: int
+    end: int
+    rows: int
+    sender: str | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "type": "open",
+            "session": self.session,
+            "fingerprint": self.fingerprint,
+            "blocks": [self.start, self.end],
+            "rows": self.rows,
+            "sender": self.sender,
+        }
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any]) -> Open:
+        blocks = header.get("blocks")
+        if not isinstance(blocks, list) or len(blocks) != 2:
+            raise BadMessage("blocks is not a pair")
+        start, end = whole(blocks[0], 0, MAX_BLOCKS), whole(blocks[1], 1, MAX_BLOCKS)
+        if start >= end:
+            raise BadMessage("blocks is empty")
+        sender = header.get("sender")
+        return cls(
+            session=session_id(header),
+            fingerprint=text(header.get("fingerprint")),
+            start=start,
+            end=end,
+            rows=whole(header.get("rows"), 1, MAX_ROWS),
+            sender=None if sender is None else text(sender),
+        )
+
+
+@dataclass(frozen=True)
+class Link:
+    """Push this session's outputs to ``peer`` from now on."""
+
+    peer: str
+    addrs: tuple[str, ...]
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"type": "link", "peer": self.peer, "addrs": list(self.addrs)}
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any]) -> Link:
+        addrs = header.get("addrs")
+        if not isinstance(addrs, list) or len(addrs) > MAX_ADDRS:
+            raise BadMessage("addrs is not a short list")
+        return cls(text(header.get("peer")), tuple(text(addr) for addr in addrs))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Hidden states of ``segments``, in order, in the frame's one tensor."""
+
+    seq: int
+    segments: tuple[Segment, ...]
+    type: str = "step"
+
+    @property
+    def tokens(self) -> int:
+        return sum(segment.n for segment in self.segments)
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "seq": self.seq,
+            "segments": [segment.to_wire() for segment in self.segments],
+        }
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any], rows: int) -> Step:
+        entries = header.get("segments")
+        if not isinstance(entries, list) or not 1 <= len(entries) <= rows:
+            raise BadMessage("segments is not a list of one entry a row")
+        segments = tuple(parse_segment(entry, rows) for entry in entries)
+        if len({segment.row for segment in segments}) != len(segments):
+            raise BadMessage("a row comes twice")
+        step = cls(whole(header.get("seq"), 0, MAX_SEQ), segments)
+        if step.tokens > MAX_STEP_TOKENS:
+            raise BadMessage(f"{step.tokens} tokens in one step, over {MAX_STEP_TOKENS}")
+        return step
+
+
+def parse_segment(entry: object, rows: int) -> Segment:
+    if not isinstance(entry, list) or len(entry) != 4:
+        raise BadMessage("a segment is not row, position, n, want")
+    n = whole(entry[2], 1, MAX_STEP_TOKENS)
+    return Segment(
+        row=whole(entry[0], 0, rows - 1),
+        position=whole(entry[1], 0, MAX_POSITION),
+        n=n,
+        want=whole(entry[3], 0, n),
+    )
+
+
+def feed_wire(session: bytes) -> dict[str, Any]:
+    """The first frame on a feed stream."""
+    return {"type": "feed", "session": session}
+
+
+def refusal_wire(code: str, why: str) -> dict[str, Any]:
+    """The answer to an ``open`` or ``feed`` that is not taken."""
+    return {"type": "refused", "code": code, "why": why}
+
+
+def error_wire(code: str, why: str, peer: str = "") -> dict[str, Any]:
+    """Tell the client what went wrong; ``peer`` names who is to blame, if anybody."""
+    return {"type": "error", "code": code, "why": why[:MAX_TEXT], "peer": peer}
+
+
+def session_id(header: Mapping[str, Any]) -> bytes:
+    value = header.get("session")
+    if not isinstance(value, bytes) or len(value) != SESSION_ID_BYTES:
+        raise BadMessage(f"session is not {SESSION_ID_BYTES} bytes")
+    return value
+
+
+def text(value: object) -> str:
+    """A string of bounded length, or BadMessage."""
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise BadMessage("a text is missing or too long")
+    return value
+
+
+def whole(value: object, low: int, high: int) -> int:
+    """An integer in ``[low, high]``, or BadMessage. Booleans are not integers here."""
+    if type(value) is not int or not low <= value <= high:
+        raise BadMessage(f"a number is not a whole number from {low} to {high}")
+    return value

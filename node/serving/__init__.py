@@ -1,0 +1,1 @@
+"""Serving: what a node does for the sessions of others."""

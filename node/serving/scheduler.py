@@ -1,0 +1,62 @@
+"""What the span engine computes next: decode first, prefill in chunks. Pure, no I/O, no torch.
+
+Work is what one frame asks for: ``tokens`` tokens over some rows. Work of few tokens is *decode*
+(one token a row, or a few speculated ones) and is taken whole in the next turn. Everything longer
+is *prefill* and gets what is left of the turn's token budget, in order of arrival, so that a long
+prompt of one session holds up another session's next token by one short turn at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+DECODE_TOKENS = 8
+"""Work of at most this many tokens a row is decode."""
+TURN_TOKENS = 256
+"""Tokens of prefill in a turn while nobody decodes: enough to keep matrix products efficient."""
+TURN_TOKENS_BESIDE_DECODE = 64
+"""Tokens of prefill in a turn while sessions decode: this bounds their next token's delay."""
+MAX_DECODE_TOKENS = 512
+"""Tokens of decode in a turn; more waits for the next turn, in order."""
+
+
+class Schedulable(Protocol):
+    """What the scheduler needs to know of a piece of work."""
+
+    @property
+    def left(self) -> int:
+        """Tokens not computed yet."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row segment."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The next ``tokens`` tokens of the work at ``index`` of the queue are computed this turn."""
+
+    index: int
+    tokens: int
+
+
+def plan_turn(queue: Sequence[Schedulable], *, decoding: bool = False) -> list[Share]:
+    """Which work gets how many tokens this turn. Empty only when the queue is.
+
+    ``decoding`` says that some session decoded a moment ago and will be back with its next token.
+    """
+    shares: list[Share] = []
+    decode_left = MAX_DECODE_TOKENS
+    for index, work in enumerate(queue):
+        if work.longest <= DECODE_TOKENS and work.left <= decode_left:
+            shares.append(Share(index, work.left))
+            decode_left -= work.left
+    budget = TURN_TOKENS_BESIDE_DECODE if shares or decoding else TURN_TOKENS
+    for index, work in enumerate(queue):
+        if work.longest > DECODE_TOKENS and budget > 0:
+            tokens = min(work.left, budget)
+            shares.append(Share(index, tokens))
+            budget -= tokens
+    return shares

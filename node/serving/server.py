@@ -1,0 +1,111 @@
+"""Serves the hop protocol: accepts sessions, ties feeds to them, refuses what cannot be served."""
+
+from __future__ import annotations
+
+import trio
+
+from petalnode.errors import PeerError, PeerMisbehaved
+from petalnode.p2p.frames import Frame, FrameStream
+from petalnode.protocol import BadMessage, Open, refusal_wire, session_id
+from petalnode.serving.budget import KvBudget
+from petalnode.serving.engine import SpanEngine
+from petalnode.serving.hop_session import Connect, HopSession, Refusal
+
+MAX_SESSIONS = 256
+MAX_SESSIONS_PER_PEER = 64
+HELLO_DEADLINE_S = 10.0
+"""For the first frame on a new stream."""
+
+
+class HopServer:
+    """The sessions of one node. ``handle`` is the stream handler of ``HOP_PROTOCOL``."""
+
+    def __init__(
+        self, engine: SpanEngine, budget: KvBudget, *, fingerprint: str, connect: Connect
+    ) -> None:
+        self._engine = engine
+        self._budget = budget
+        self._fingerprint = fingerprint
+        self._connect = connect
+        self._sessions: dict[bytes, HopSession] = {}
+        self.draining = False
+        self._ended = trio.Event()
+
+    @property
+    def sessions(self) -> int:
+        """Open sessions."""
+        return len(self._sessions)
+
+    async def wait_idle(self) -> None:
+        """Until no session is open."""
+        while self._sessions:
+            await self._ended.wait()
+
+    async def handle(self, stream: FrameStream) -> None:
+        """One stream, from its first frame to its end.
+
+        Raises ``PeerMisbehaved`` on a broken protocol and ``PeerGone`` when the stream breaks;
+        the host resets the stream then, and that stream alone.
+        """
+        with trio.fail_after(HELLO_DEADLINE_S):
+            first = await stream.receive()
+        if first is None:
+            return
+        try:
+            await self._dispatch(stream, first)
+        except BadMessage as bad:
+            raise PeerMisbehaved(
+                f"Peer {stream.peer_id} broke the hop protocol: {bad}.", peer_id=stream.peer_id
+            ) from None
+
+    async def _dispatch(self, stream: FrameStream, first: Frame) -> None:
+        try:
+            if first.header.get("type") == "open":
+                session = self._open(Open.parse(first.header), stream)
+            elif first.header.get("type") == "feed":
+                return await self._feed(session_id(first.header), stream)
+            else:
+                raise BadMessage("a stream starts with open or feed")
+        except Refusal as refusal:
+            await stream.send(refusal_wire(refusal.code, str(refusal)))
+            await stream.aclose()
+            return
+        try:
+            await stream.send({"type": "opened"})
+            await session.serve()
+        finally:
+            del self._sessions[session.opened.session]
+            self._ended.set()
+            self._ended = trio.Event()
+
+    def _open(self, opened: Open, stream: FrameStream) -> HopSession:
+        self._check(opened, stream.peer_id)
+        session = HopSession(opened, stream, self._engine, self._budget, self._connect)
+        self._sessions[opened.session] = session
+        return session
+
+    def _check(self, opened: Open, peer_id: str) -> None:
+        """Raise ``Refusal`` unless this node can serve the session."""
+        span = self._engine.span
+        if opened.fingerprint != self._fingerprint:
+            raise Refusal("model", "this node serves another model")
+        if opened.start < span.start or opened.end > span.end:
+            raise Refusal("blocks", f"this node serves blocks {span.start}:{span.end}")
+        if self.draining:
+            raise Refusal("draining", "this node is about to leave")
+        if opened.session in self._sessions:
+            raise Refusal("session", "that session is already open here")
+        theirs = sum(session.client == peer_id for session in self._sessions.values())
+        if len(self._sessions) >= MAX_SESSIONS or theirs >= MAX_SESSIONS_PER_PEER:
+            raise Refusal("busy", f"{len(self._sessions)} sessions are open here")
+        if self._budget.tokens_free == 0:
+            raise Refusal("busy", "the attention cache is full")
+
+    async def _feed(self, session: bytes, stream: FrameStream) -> None:
+        found = self._sessions.get(session)
+        if found is None or found.opened.sender != stream.peer_id:
+            raise Refusal("session", "no session here awaits a feed from you under that name")
+        try:
+            await found.serve_feed(stream)
+        except PeerError:
+            return  # the sender's end is its client's business: it watches that hop itself

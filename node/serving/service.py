@@ -1,0 +1,124 @@
+"""What a node serves: its span, the engine that computes it, and the server in front of it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import trio
+
+from petalnode.compute import ComputeThread
+from petalnode.events import Loading, Report
+from petalnode.models.checkpoint import Checkpoint, load_block_span
+from petalnode.models.config import ModelConfig
+from petalnode.models.devices import free_bytes
+from petalnode.models.layout import block_shapes
+from petalnode.models.span import RowSlice, Span
+from petalnode.serving.budget import KvBudget
+from petalnode.serving.engine import SpanEngine
+from petalnode.serving.hop_session import Connect
+from petalnode.serving.server import HopServer
+
+WEIGHT_SHARE = 0.75
+"""Of the free memory, for weights when the number of blocks is not given."""
+KV_SHARE = 0.5
+"""Of what is free after loading, for attention caches when ``--kv-tokens`` is not given."""
+MAX_KV_TOKENS = 1 << 20
+MEASURED_TOKENS = 64
+MEASURED_STEPS = 5
+FALLBACK_TPS = 1.0
+"""Announced while a node still loads and has measured nothing."""
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Measured tokens/s of the whole span: one row at a time, and many tokens at once."""
+
+    decode: float = FALLBACK_TPS
+    forward: float = FALLBACK_TPS
+
+
+@dataclass(frozen=True)
+class SpanService:
+    """A loaded span, ready to serve."""
+
+    span: Span
+    engine: SpanEngine
+    server: HopServer
+    budget: KvBudget
+    throughput: Throughput
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes: of the span's weights, and the peak of the process so far."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"weights": self.span.param_bytes, "peak": peak}
+
+
+def blocks_that_fit(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """How many blocks the free memory holds, at least one, at most all."""
+    block_bytes = sum(map(math.prod, block_shapes(config).values())) * dtype.itemsize
+    fitting = int(free_bytes(device) * WEIGHT_SHARE) // block_bytes
+    return max(1, min(config.num_blocks, fitting))
+
+
+async def load_service(
+    checkpoint: Checkpoint,
+    blocks: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_tokens: int | None,
+    compute: ComputeThread,
+    connect: Connect,
+    report: Report,
+) -> SpanService:
+    """Load the blocks, measure them, and put engine and server around them.
+
+    Raises ``ModelError`` or ``UsageError``. Loading runs in the worker thread.
+    """
+
+    def progress(done: int, total: int) -> None:
+        trio.from_thread.run_sync(report, Loading(blocks, done, total))
+
+    span = await compute.run(
+        partial(load_block_span, checkpoint, *blocks, dtype=dtype, device=device, progress=progress)
+    )
+    throughput = await compute.run(partial(measure_throughput, span, time.perf_counter))
+    tokens = kv_tokens or default_kv_tokens(span)
+    budget = KvBudget(tokens, span.end - span.start)
+    engine = SpanEngine(span, compute)
+    server = HopServer(engine, budget, fingerprint=checkpoint.fingerprint, connect=connect)
+    return SpanService(span, engine, server, budget, throughput)
+
+
+def default_kv_tokens(span: Span) -> int:
+    """As many as fit a share of the memory that is free now, for the whole span."""
+    per_token = span.kv_bytes_per_token * (span.end - span.start)
+    fitting = int(free_bytes(span.device) * KV_SHARE) // per_token
+    return max(1, min(fitting, MAX_KV_TOKENS))
+
+
+def measure_throughput(span: Span, clock: Clock) -> Throughput:
+    """Time a few forward passes of random hidden states through the loaded blocks."""
+    hidden = torch.randn(MEASURED_TOKENS, span.config.hidden_size)
+    forward_s = [timed(span, hidden, clock) for _ in range(2)]
+    decode_s = [timed(span, hidden[:1], clock) for _ in range(MEASURED_STEPS)]
+    return Throughput(
+        decode=1 / max(min(decode_s), 1e-6),
+        forward=MEASURED_TOKENS / max(min(forward_s), 1e-6),
+    )
+
+
+def timed(span: Span, hidden: torch.Tensor, clock: Clock) -> float:
+    """Seconds for one pass over an empty cache, the result brought to the CPU."""
+    row = span.new_row(span.start, span.end)
+    started = clock()
+    span.forward(hidden, [RowSlice(row, 0, hidden.shape[0])], span.start, span.end).cpu()
+    return clock() - started

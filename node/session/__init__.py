@@ -1,0 +1,1 @@
+"""Sessions: what a node does for its own user."""

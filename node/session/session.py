@@ -1,0 +1,178 @@
+"""A session: one sequence of tokens, its chain, and generation over it.
+
+The session keeps the token ids; the hops keep the attention caches. ``cached`` is how many of the
+ids the hops have: going back is setting it lower (every hop truncates by position), going on is
+feeding what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import trio
+
+from petalnode.compute import ComputeThread
+from petalnode.errors import UsageError
+from petalnode.models.client import ClientParts
+from petalnode.models.sampling import Sampler, SamplingConfig
+from petalnode.models.text import TextStream
+from petalnode.models.tokenizer import Tokenizer
+from petalnode.protocol import Segment
+from petalnode.session.chain import Chain
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How to generate; the defaults are greedy. ``stop``: texts that end the generation."""
+
+    max_new_tokens: int = 128
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError("There is nothing to generate.", "Ask for at least one new token.")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token. ``text`` is what became certain with it, possibly nothing yet."""
+
+    id: int
+    text: str
+    position: int
+    ms: float
+
+
+class Session:
+    """One sequence over one chain. Made by ``Node.open_session``; one user at a time."""
+
+    def __init__(
+        self, chain: Chain, client: ClientParts, tokenizer: Tokenizer, compute: ComputeThread
+    ) -> None:
+        self.chain = chain
+        self.ids: list[int] = []
+        self.cached = 0
+        self.tokenizer = tokenizer
+        self._client = client
+        self._compute = compute
+
+    @property
+    def max_positions(self) -> int:
+        """The model's context, in tokens."""
+        return self._client.config.max_positions
+
+    def rollback(self, position: int) -> None:
+        """Forget all tokens from ``position`` on; the hops follow with the next step."""
+        if not 0 <= position <= len(self.ids):
+            raise UsageError(f"The session has {len(self.ids)} tokens, not {position}.")
+        del self.ids[position:]
+        self.cached = min(self.cached, position)
+
+    async def logits(self, ids: Sequence[int], *, last: int | None = None) -> torch.Tensor:
+        """Append ``ids`` and return float32 logits [n, V] of the last ``last`` of them (or all)."""
+        self.append(ids)
+        want = len(ids) if last is None else last
+        hidden = await self._forward(await self._embed(), want)
+        return await self._compute.run(partial(self._client.logits, hidden))
+
+    def generate(
+        self, prompt: str | Sequence[int], options: GenerateOptions | None = None
+    ) -> Generation:
+        """Append the prompt and generate: ``async for token in session.generate(…)``.
+
+        A text prompt gets the tokenizer's special tokens only at the start of the session.
+        """
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, add_special=not self.ids)
+        self.append(prompt)
+        if self.cached == len(self.ids):
+            raise UsageError("The prompt is empty.", "Give at least one token to go on from.")
+        return Generation(self, options or GenerateOptions())
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Add tokens that the next step will feed. Raises ``UsageError`` past the context."""
+        total = len(self.ids) + len(ids)
+        if total >= self.max_positions:
+            raise UsageError(
+                f"The prompt makes {total} tokens, but the model's context is "
+                f"{self.max_positions}.",
+                "Shorten the prompt.",
+            )
+        self.ids.extend(ids)
+
+    async def _embed(self) -> torch.Tensor:
+        ids = torch.tensor(self.ids[self.cached :])
+        return await self._compute.run(partial(self._client.embed, ids))
+
+    async def _forward(self, hidden: torch.Tensor, want: int) -> torch.Tensor:
+        """Feed the embedded ids from ``cached`` on; the last ``want`` outputs [want, H]."""
+        n = hidden.shape[0]
+        output = await self.chain.forward([Segment(0, self.cached, n, want)], hidden)
+        self.cached += n
+        return output
+
+    def _choose(self, sampler: Sampler, hidden: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Sample from the last output, and embed the choice. Runs in the worker thread."""
+        token = sampler.sample(self._client.logits(hidden)[-1], self.ids)
+        return token, self._client.embed(torch.tensor([token]))
+
+
+class Generation:
+    """An async iterator of tokens. After the last one, ``finish_reason`` is stop or length."""
+
+    def __init__(self, session: Session, options: GenerateOptions) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.ttft_s: float | None = None
+        self._session = session
+        self._options = options
+        self._sampler = Sampler(options.sampling)
+        self._stream = TextStream(session.tokenizer, options.stop)
+        self._embedded: torch.Tensor | None = None
+        self._started = self._last = trio.current_time()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second after the first one."""
+        if self.ttft_s is None or len(self.tokens) < 2:
+            return 0.0
+        return (len(self.tokens) - 1) / (self._last - self._started - self.ttft_s)
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Token:
+        if self.finish_reason is not None:
+            raise StopAsyncIteration
+        session = self._session
+        if self._embedded is None:
+            self._embedded = await session._embed()
+        hidden = await session._forward(self._embedded, want=1)
+        choose = partial(session._choose, self._sampler, hidden)
+        token, self._embedded = await session._compute.run(choose)
+        session.ids.append(token)
+        return self._record(token)
+
+    def _record(self, token: int) -> Token:
+        now = trio.current_time()
+        if self.ttft_s is None:
+            self.ttft_s = now - self._started
+        ms, self._last = (now - self._last) * 1000, now
+        self.tokens.append(token)
+        piece = self._stream.push(token)
+        self.finish_reason = self._finished(token)
+        if self.finish_reason is not None:
+            piece += self._stream.finish()
+        self.text += piece
+        return Token(token, piece, len(self._session.ids) - 1, ms)
+
+    def _finished(self, token: int) -> str | None:
+        if self._stream.stopped or token in self._session.tokenizer.eos_ids:
+            return "stop"
+        full = len(self._session.ids) >= self._session.max_positions
+        return "length" if full or len(self.tokens) >= self._options.max_new_tokens else None

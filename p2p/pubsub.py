@@ -1,0 +1,256 @@
+"""py-libp2p 0.8.1's GossipSub as petalnode runs it: one topic, mended, and closed to abuse.
+
+On the wire it is GossipSub 1.1 with strict signing, readable by go-libp2p and js-libp2p. 1.2 only
+adds IDONTWANT, which costs one more message per link and pays for large payloads, not for records.
+Everything below goes through constructor arguments, public attributes and overridden methods:
+
+- stock spawns a service task per incoming message, and finding each task's parent walks all tasks:
+  one RPC of many small messages stalls the loop for seconds, and an error in one of these tasks
+  (a malformed public key is enough) ends the service. Here a peer's messages are handled one after
+  the other in its reader task, which also is the back-pressure.
+- stock drops at 10 messages/s after it has paid for them; here a budget per forwarder comes first.
+- stock verifies and stores the sender's signed address record with every RPC, twice when there is
+  control. Nobody here needs it, so it is neither sent nor read.
+- stock answers repeated ids in one IWANT with as many copies, keeps back-offs for any topic name,
+  and dials whatever a PRUNE suggests. Here only what concerns our topic gets through, capped.
+- seqnos start at the wall clock in microseconds, not seconds: a quick restart cannot repeat one.
+- our own messages go to every subscriber connected (flood publishing, as go-libp2p does), since
+  right after a connection there is no mesh yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import trio
+from google.protobuf.message import DecodeError
+from libp2p.abc import IHost, INetStream
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.rpc_queue import RpcQueue
+from libp2p.pubsub.validators import signature_validator
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+
+DEGREE, DEGREE_LOW, DEGREE_HIGH = 4, 3, 8
+HEARTBEAT_S = 1
+BACK_OFF_S = 5
+MAX_BACK_OFF_S = 600
+MAX_RPC_BYTES = 1024 * 1024  # libp2p's own limit; an answer to IWANT may be that long
+MAX_IDS = 256  # message ids that one RPC may offer or want
+MAX_ID_BYTES = 128
+MAX_SUBSCRIPTIONS = 16  # in one RPC; other topics than ours are ignored
+MESSAGES_PER_S = 100.0  # new messages that one forwarder may bring
+MESSAGES_BURST = 400.0
+FLUSH_POLL_S = 0.01
+_ED25519_ID_BYTES = 38
+_SIGNATURE_BYTES = 64
+
+Accept = Callable[[bytes, str], bool]
+"""Called with the payload and the publisher's peer id; True lets the message be forwarded."""
+
+
+class Router(GossipSub):
+    """GossipSub with petalnode's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            protocols=[PROTOCOL_ID_V11],
+            degree=DEGREE,
+            degree_low=DEGREE_LOW,
+            degree_high=DEGREE_HIGH,
+            heartbeat_interval=HEARTBEAT_S,
+            prune_back_off=BACK_OFF_S,
+            unsubscribe_back_off=BACK_OFF_S,
+            adaptive_gossip_enabled=False,
+            eclipse_protection_enabled=False,  # many nodes behind one address is normal at home
+            spam_protection_enabled=False,  # MESSAGES_PER_S stands in for it
+        )
+        self.scorer = None  # all its weights are zero
+
+    def _get_peers_to_send(
+        self, topic_ids: Iterable[str], msg_forwarder: ID, origin: ID, msg_id: bytes | None = None
+    ) -> Iterable[ID]:
+        assert self.pubsub is not None
+        if msg_forwarder != self.pubsub.my_id:
+            return super()._get_peers_to_send(topic_ids, msg_forwarder, origin, msg_id)
+        topics = self.pubsub.peer_topics
+        return set().union(*(topics.get(topic, ()) for topic in topic_ids))
+
+
+@dataclass
+class _Budget:
+    tokens: float
+    at: float
+
+
+class OneTopicPubsub(Pubsub):
+    """Pubsub for ``topic`` alone. ``refused`` counts what was turned away, by reason."""
+
+    def __init__(
+        self, host: IHost, topic: str, accept: Accept, first_seqno: int, max_data_bytes: int
+    ) -> None:
+        self.refused: Counter[str] = Counter()
+        self._topic = topic
+        self._accept = accept
+        self._max_data_bytes = max_data_bytes
+        self._budgets: dict[ID, _Budget] = {}
+        self._writing: set[ID] = set()
+        self._meeting: dict[ID, trio.Lock] = {}
+        self.mesh_router = Router()
+        super().__init__(
+            host,
+            self.mesh_router,
+            max_subscriptions_per_rpc=MAX_SUBSCRIPTIONS,
+            max_inbound_rpc_size=MAX_RPC_BYTES,
+            allowed_topics={topic},
+        )
+        self.counter = first_seqno
+
+    async def flush(self) -> None:
+        """Wait until all that was queued is written. The caller sets the deadline."""
+        while self._writing or any(map(len, self.peer_queues.values())):  # noqa: ASYNC110 - closing
+            await trio.sleep(FLUSH_POLL_S)
+
+    def drop_budgets_of_strangers(self) -> None:
+        """Forget the forwarders that are no longer connected."""
+        self._budgets = {peer: self._budgets[peer] for peer in self._budgets if peer in self.peers}
+
+    async def continuously_read_stream(self, stream: INetStream) -> None:
+        """Handle what one peer sends until its stream ends; drop the stream if it is garbage."""
+        peer_id = stream.muxed_conn.peer_id
+        # Stock tries once when a peer connects, and gives up if that peer has no gossip yet.
+        self.manager.run_task(self.ensure_peer_stream, peer_id)
+        try:
+            while self.manager.is_running:
+                rpc = rpc_pb2.RPC()
+                rpc.ParseFromString(await read_varint_prefixed_bytes_limited(stream, MAX_RPC_BYTES))
+                await self._handle_rpc(peer_id, rpc)
+        except DecodeError:
+            self.refused["rpc"] += 1
+        except BaseLibp2pError:
+            pass  # the stream ended, one way or another
+        with contextlib.suppress(BaseLibp2pError):
+            await stream.reset()
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        # Stock looks whether the peer is registered, then waits: two at once would both register.
+        lock = self._meeting.setdefault(peer_id, trio.Lock())
+        try:
+            async with lock:
+                await super()._handle_new_peer(peer_id)
+        finally:
+            if not lock.locked():
+                self._meeting.pop(peer_id, None)
+
+    async def _handle_rpc(self, peer_id: ID, rpc: rpc_pb2.RPC) -> None:
+        for subscription in rpc.subscriptions[:MAX_SUBSCRIPTIONS]:
+            self.handle_subscription(peer_id, subscription)
+        for message in rpc.publish:
+            await self.push_msg(peer_id, message)
+        if rpc.HasField("control"):
+            control = tame(rpc.control, self._topic)
+            await self.router.handle_rpc(rpc_pb2.RPC(control=control), peer_id)
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        """Check a message, offer it to ``accept``, and pass it on. Our own only goes out."""
+        message_id = self.get_message_id(msg)
+        if self.seen_messages.has(message_id):
+            return
+        if msg_forwarder != self.my_id:
+            if reason := self._flaw(msg_forwarder, msg):
+                self.refused[reason] += 1
+                return
+            # Marked once the signature holds, and whatever becomes of it: before, anybody could
+            # silence a message by sending a false one with its id.
+            self.seen_messages.add(message_id)
+            if not self._accept(msg.data, ID(msg.from_id).to_base58()):
+                return
+        self.seen_messages.add(message_id)
+        await self.router.publish(msg_forwarder, msg)
+
+    def _flaw(self, forwarder: ID, msg: rpc_pb2.Message) -> str:
+        """Why the message is refused, or ""; the cheap checks come first."""
+        if list(msg.topicIDs) != [self._topic]:
+            return "topic"
+        if len(msg.data) > self._max_data_bytes:
+            return "size"
+        if len(msg.from_id) != _ED25519_ID_BYTES or len(msg.seqno) != 8:
+            return "publisher"
+        if msg.from_id == self.my_id.to_bytes():
+            return "echo"
+        if not self._spend(forwarder):
+            return "rate"
+        if len(msg.signature) != _SIGNATURE_BYTES or not self._signed(msg):
+            return "signature"
+        return ""
+
+    def _signed(self, msg: rpc_pb2.Message) -> bool:
+        try:
+            return signature_validator(msg)
+        except Exception:  # noqa: BLE001 - it raises on malformed keys, whatever its decoder raises
+            return False
+
+    def _spend(self, forwarder: ID) -> bool:
+        now = trio.current_time()
+        budget = self._budgets.setdefault(forwarder, _Budget(MESSAGES_BURST, now))
+        refill = (now - budget.at) * MESSAGES_PER_S
+        budget.tokens, budget.at = min(budget.tokens + refill, MESSAGES_BURST), now
+        if budget.tokens < 1:
+            return False
+        budget.tokens -= 1
+        return True
+
+    def get_hello_packet(self) -> rpc_pb2.RPC:
+        """What we say first on a stream: our subscription."""
+        hello = super().get_hello_packet()
+        hello.ClearField("senderRecord")
+        return hello
+
+    async def write_msg(self, stream: INetStream, rpc_msg: rpc_pb2.RPC) -> bool:
+        """Send one RPC, without our address record; False when the stream has ended."""
+        rpc_msg.ClearField("senderRecord")
+        return await super().write_msg(stream, rpc_msg)
+
+    async def handle_sending_messages(
+        self, peer_id: ID, stream: INetStream, queue: RpcQueue
+    ) -> None:
+        """Write what is queued for one peer until its queue is closed or its stream breaks."""
+        try:
+            while (rpc := await queue.pop()) is not None:
+                self._writing.add(peer_id)
+                if not await self.write_msg(stream, rpc):
+                    return
+                self._writing.discard(peer_id)
+        except BaseLibp2pError:
+            self._handle_dead_peer(peer_id)
+        finally:
+            self._writing.discard(peer_id)
+
+
+def tame(control: rpc_pb2.ControlMessage, topic: str) -> rpc_pb2.ControlMessage:
+    """What of ``control`` is about ``topic``, each thing once, ids capped, no peers to dial."""
+    tamed = rpc_pb2.ControlMessage()
+    if any(graft.topicID == topic for graft in control.graft):
+        tamed.graft.add(topicID=topic)
+    back_offs = [prune.backoff for prune in control.prune if prune.topicID == topic]
+    if back_offs:
+        tamed.prune.add(topicID=topic, backoff=min(*back_offs, MAX_BACK_OFF_S))
+    offered = _ids(ihave.messageIDs for ihave in control.ihave if ihave.topicID == topic)
+    if offered:
+        tamed.ihave.add(topicID=topic, messageIDs=offered)
+    wanted = _ids(iwant.messageIDs for iwant in control.iwant)
+    if wanted:
+        tamed.iwant.add(messageIDs=wanted)
+    return tamed
+
+
+def _ids(lists: Iterable[Iterable[bytes]]) -> list[bytes]:
+    ids = dict.fromkeys(islice(chain.from_iterable(lists), MAX_IDS))
+    return [message_id for message_id in ids if len(message_id) <= MAX_ID_BYTES]

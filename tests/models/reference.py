@@ -1,0 +1,76 @@
+"""What the parity tests compare with: transformers, and a plain driver for petalnode's own parts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from petalnode.models.checkpoint import load_block_span, load_client, open_checkpoint
+from petalnode.models.span import RowSlice, Span
+
+
+def load_reference(path: Path) -> Any:
+    """Return transformers' model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def reference_logits(model: Any, ids: Sequence[int]) -> Tensor:
+    """Return transformers' logits [T, V] for one row."""
+    return model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+
+
+def reference_generate(model: Any, ids: Sequence[int], new_tokens: int) -> list[int]:
+    """Return what transformers generates greedily, past any end-of-sequence."""
+    out = model.generate(
+        torch.tensor([list(ids)]),
+        attention_mask=torch.ones((1, len(ids)), dtype=torch.int64),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return [int(one) for one in out[0, len(ids) :]]
+
+
+class Local:
+    """A whole model in this process, cut into spans at `cuts`; rows are lists of caches."""
+
+    def __init__(self, path: Path, cuts: Sequence[int] = (), dtype: str = "float32") -> None:
+        self.checkpoint = open_checkpoint(str(path))
+        config = self.checkpoint.config
+        bounds = [0, *cuts, config.num_blocks]
+        which: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": torch.device("cpu")}
+        self.spans: list[Span] = [
+            load_block_span(self.checkpoint, a, b, **which)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+        self.client = load_client(self.checkpoint, **which)
+
+    def row(self) -> list[Any]:
+        """Return the caches of one new row, one a span."""
+        return [span.new_row(span.start, span.end) for span in self.spans]
+
+    def step(self, rows: Sequence[list[Any]], new: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens `new[i]` to `rows[i]` in one ragged batch; return all logits [T, V]."""
+        x = self.client.embed(torch.tensor([one for ids in new for one in ids]))
+        for at, span in enumerate(self.spans):
+            slices = [
+                RowSlice(row[at], row[at].length, len(ids))
+                for row, ids in zip(rows, new, strict=True)
+            ]
+            x = span.forward(x, slices, span.start, span.end)
+        return self.client.logits(x)
+
+    def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Return greedy tokens after the prompt `ids`."""
+        row, out = self.row(), list[int]()
+        feed = list(ids)
+        for _ in range(new_tokens):
+            feed = [int(self.step([row], [feed])[-1].argmax())]
+            out += feed
+        return out
