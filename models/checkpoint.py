@@ -43,12 +43,7 @@ class Checkpoint:
     def __init__(self, name: str, source: Source) -> None:
         self.name = name
         self._source = source
-        self._raw = self._json("config.json", MAX_CONFIG_BYTES)
-        if self._raw is None:
-            raise ModelError(
-                f"{source} has no config.json.",
-                "Give a model in Hugging Face format: config.json, *.safetensors, tokenizer.json.",
-            )
+        self._raw = read_json(source.path("config.json"), MAX_CONFIG_BYTES)
         generation = self._json("generation_config.json", MAX_CONFIG_BYTES)
         self.config = ModelConfig.from_hf(self._raw, generation)
         if source.is_local:
@@ -58,7 +53,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """32 hex digits, the same on every machine for the same config.json and weights."""
         digest = hashlib.sha256(b"petalnode model 1\n")
-        config = {k: v for k, v in (self._raw or {}).items() if k not in NOT_FINGERPRINTED}
+        config = {k: v for k, v in self._raw.items() if k not in NOT_FINGERPRINTED}
         digest.update(json.dumps(config, sort_keys=True).encode())
         shards = sorted(set(self._weight_map.values()))
         for shard, sha256 in zip(shards, self._source.digests(shards), strict=True):
@@ -67,12 +62,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """Open tokenizer.json. Raises `ModelError` where there is none or it cannot be used."""
-        path = self._source.optional("tokenizer.json")
-        if path is None:
-            raise ModelError(
-                f"{self._source} has no tokenizer.json.",
-                "Add the model's tokenizer.json, or save one with transformers' save_pretrained.",
-            )
+        path = self._source.path("tokenizer.json")
         options = self._json("tokenizer_config.json", MAX_CONFIG_BYTES)
         return Tokenizer(path, options or {}, self.config)
 
@@ -144,9 +134,7 @@ class Checkpoint:
                 f"{self._source} has only pickled weights ({pickled}), which could run any code.",
                 "Use a safetensors version, or convert it with transformers' save_pretrained.",
             )
-        raise ModelError(
-            f"{self._source} has no {SINGLE} and no {INDEX}.", "Add the model's weights."
-        )
+        return self._source.path(SINGLE)  # raises: says whether it is missing or out of reach
 
     def _header(self, shard: str) -> dict[str, TensorInfo]:
         """Return a shard's header, after checking it against the configuration."""

@@ -1,15 +1,14 @@
 """A model in a Hugging Face hub repo: huggingface_hub's cache, token, endpoint and offline mode.
 
-The revision is resolved once, with config.json; every later file is asked for by that commit, so a
-push in between never mixes two versions, and files in the cache need no network.
+The revision is resolved once, with one question to the hub; every file is asked for by that commit,
+so a push in between never mixes two versions. Without network, what the cache holds is used.
 """
 
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import huggingface_hub
@@ -17,94 +16,78 @@ from huggingface_hub import constants, errors
 
 from petalnode.errors import ModelError
 from petalnode.models.digests import file_sha256, remembered
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
+from petalnode.models.sources import PICKLED
 
 METADATA_TIMEOUT_S = 10.0
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NO_NETWORK = (errors.OfflineModeIsEnabled, httpx.TransportError)
 
 
 class HubRepo:
-    """One repo at one revision. Files are fetched when they are first asked for."""
+    """One repo at one commit. Files are fetched when they are first asked for."""
 
     is_local = False
 
     def __init__(self, repo: str, revision: str | None, cache_dir: str | Path | None) -> None:
         self._repo, self._cache_dir = repo, cache_dir
-        self._revision, self._offline = revision, False
+        # Every file of the repo with its sha256 (None: small, not stored by it); None: no network.
+        self._files: dict[str, str | None] | None = None
         with _translated(repo, revision):
-            self._config = self._fetch("config.json")
-        if self._config is not None:
-            self._revision = self._config.parent.name  # snapshots/<commit>/config.json
+            try:
+                info = huggingface_hub.HfApi().model_info(
+                    repo, revision=revision, files_metadata=True, timeout=METADATA_TIMEOUT_S
+                )
+            except _NO_NETWORK:
+                self._commit = revision
+                self._commit = self._fetch("config.json").parent.name  # snapshots/<commit>/…
+            else:
+                self._commit = info.sha
+                self._files = {
+                    sibling.rfilename: sibling.lfs.sha256 if sibling.lfs else None
+                    for sibling in info.siblings or ()
+                }
 
     def __str__(self) -> str:
         return f"The repo {self._repo}"
 
     def optional(self, file: str) -> Path | None:
         """Return the path of a file, fetched where need be; None where it is not to be had."""
-        if file == "config.json":
-            return self._config
-        with _translated(self._repo, self._revision):
-            try:
-                return self._fetch(file)
-            except errors.LocalEntryNotFoundError:
-                self._offline = True  # do not wait for the network once more
-                return None
+        if self._files is not None:
+            return self.path(file) if file in self._files else None
+        try:
+            return self._fetch(file)
+        except errors.LocalEntryNotFoundError:
+            return None
 
     def path(self, file: str) -> Path:
         """Return the path of a file that must be there, fetched where need be."""
-        with _translated(self._repo, self._revision):
-            path = self._fetch(file)
-        if path is None:
+        if self._files is not None and file not in self._files:
             raise ModelError(f"{self} lacks the file {file}.", "Choose a complete repo.")
-        return path
+        with _translated(self._repo, self._commit):
+            return self._fetch(file)
 
     def pickled_weights(self) -> str | None:
         """Return the name of a file of pickled weights, if there is one."""
-        with _translated(self._repo, self._revision):
-            names = [sibling.rfilename for sibling in self._info.siblings or ()]
-        return min((name for name in names if name.endswith(PICKLED)), default=None)
+        return min((name for name in self._files or () if name.endswith(PICKLED)), default=None)
 
     def digests(self, files: Sequence[str]) -> list[str]:
         """Return the sha256 of each file: from the hub's own records, so that none is fetched."""
-        key = f"hub {constants.ENDPOINT} {self._repo} {self._revision} "
+        key = f"hub {constants.ENDPOINT} {self._repo} {self._commit} "
         return [remembered(key + file, partial(self._digest, file)) for file in files]
 
     def _digest(self, file: str) -> str:
-        with suppress(OSError, httpx.TransportError):  # no network: the cached file itself says it
-            for sibling in self._info.siblings or ():
-                if sibling.rfilename == file and sibling.lfs is not None:
-                    return str(sibling.lfs.sha256)
-        return file_sha256(self.path(file))
+        recorded = (self._files or {}).get(file)
+        return recorded or file_sha256(self.path(file))
 
-    @cached_property
-    def _info(self) -> "ModelInfo":
-        return huggingface_hub.HfApi().model_info(
-            self._repo, revision=self._revision, files_metadata=True, timeout=METADATA_TIMEOUT_S
+    def _fetch(self, file: str) -> Path:
+        """Return a file's path in the cache, where it is put if it is not there yet."""
+        path = huggingface_hub.hf_hub_download(
+            self._repo,
+            file,
+            revision=self._commit,
+            cache_dir=self._cache_dir,
+            local_files_only=self._files is None,
         )
-
-    def _fetch(self, file: str) -> Path | None:
-        """Return a file's path in the cache after fetching it; None if the repo lacks it."""
-        cached = huggingface_hub.try_to_load_from_cache(
-            self._repo, file, cache_dir=self._cache_dir, revision=self._revision
-        )
-        if cached is not None and not isinstance(cached, str) and self._config_known():
-            return None  # an earlier answer of the hub: this commit has no such file
-        try:
-            path = huggingface_hub.hf_hub_download(
-                self._repo,
-                file,
-                revision=self._revision,
-                cache_dir=self._cache_dir,
-                local_files_only=self._offline,
-            )
-        except errors.RemoteEntryNotFoundError:
-            return None
         return Path(path)
-
-    def _config_known(self) -> bool:
-        return getattr(self, "_config", None) is not None
 
 
 @contextmanager

@@ -56,7 +56,10 @@ class Directory:
         """Return the file's path, or raise `ModelError`."""
         path = self.optional(file)
         if path is None:
-            raise ModelError(f"{self} lacks the file {file}.", "Copy the whole model.")
+            raise ModelError(
+                f"{self} has no {file}.",
+                "Give a model in Hugging Face format: config.json, *.safetensors, tokenizer.json.",
+            )
         return path
 
     def pickled_weights(self) -> str | None:

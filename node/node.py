@@ -126,6 +126,11 @@ class Node:
         return self._host.peer_id
 
     @property
+    def addrs(self) -> tuple[str, ...]:
+        """Multiaddrs under which others reach this node; none for a client."""
+        return self._host.addrs
+
+    @property
     def blocks(self) -> tuple[int, int] | None:
         """The span ``[start, end)`` that this node holds, if any."""
         return self._blocks

@@ -109,8 +109,10 @@ class Gossip:
         except InvalidAnnouncement as error:
             self.refused[error.reason] += 1
             return None
-        outcome = self.view.apply(announcement, trio.current_time(), raw, age_s=age_s)
-        if outcome in NEWS:
+        now = trio.current_time()
+        known = self.view.get(announcement.peer_id, now)
+        outcome = self.view.apply(announcement, now, raw, age_s=age_s)
+        if outcome in NEWS and (known is None or known.addrs != announcement.addrs):
             self._host.learn(announcement.peer_id, announcement.addrs)
         elif outcome != "duplicate":
             self.refused[outcome] += 1

@@ -122,10 +122,19 @@ class OneTopicPubsub(Pubsub):
         """Forget the forwarders that are no longer connected."""
         self._budgets = {peer: self._budgets[peer] for peer in self._budgets if peer in self.peers}
 
+    async def handle_peer_queue(self) -> None:
+        """Open a stream to each peer that we dial. A peer that dials us opens the first one: it
+        may have no gossip yet, and stock would try once, log an error and never try again."""
+        async with self.peer_receive_channel:
+            self.event_handle_peer_queue_started.set()
+            async for peer_id in self.peer_receive_channel:
+                connections = self.host.get_network().get_connections(peer_id)
+                if any(connection.muxed_conn.is_initiator for connection in connections):
+                    self.manager.run_task(self.ensure_peer_stream, peer_id)
+
     async def continuously_read_stream(self, stream: INetStream) -> None:
         """Handle what one peer sends until its stream ends; drop the stream if it is garbage."""
         peer_id = stream.muxed_conn.peer_id
-        # Stock tries once when a peer connects, and gives up if that peer has no gossip yet.
         self.manager.run_task(self.ensure_peer_stream, peer_id)
         try:
             while self.manager.is_running:

@@ -1,8 +1,8 @@
 """Tiny random Llama checkpoints in Hugging Face format, written by transformers, for all tests.
 
-Use the session fixture `tiny_checkpoint`: a function of overrides of `TINY` that returns a directory
-with config.json, model.safetensors and tokenizer.json. The weights are drawn so that the model's
-choices depend on every part of it: norms and biases are random too, and logits are well apart.
+Use the session fixture `tiny_checkpoint`: a function of overrides of `TINY` that returns a
+directory with config.json, model.safetensors and tokenizer.json. The weights are drawn so that the
+model's choices depend on every part of it: norms and biases are random too, logits well apart.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The command line: verbs, flags, environment. Imports nothing heavy, so that --help is instant.
 
-Every flag can also be set as ``PETALNODE_<FLAG>`` (``PETALNODE_JOIN`` and other repeatable ones
-take values separated by blanks). A flag on the command line wins.
+Every flag can also be set as ``PETALNODE_<FLAG>``. A flag on the command line wins, except that
+repeatable ones (``PETALNODE_JOIN`` takes values separated by blanks) add up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from petalnode.errors import UsageError
 
 EXAMPLES = {
     "run": "petalnode run meta-llama/Llama-3.1-8B --num-blocks 8 --join pn1:…",
@@ -58,13 +60,15 @@ def _run(verb: argparse.ArgumentParser) -> None:
     span.add_argument("--num-blocks", type=positive, metavar="N", help="how many blocks to hold")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda[:i] or mps")
     add("--dtype", default="auto", choices=DTYPES, help="of weights and computation")
-    add("--quant", default="none", choices=("none", "int8", "nf4"), help="of weights")
+    add("--quant", default="none", choices=("none", "int8", "nf4"), help="of weights; int8 and nf4 are not built yet")
     add("--kv-tokens", type=positive, metavar="N", help="tokens of attention cache to offer")
     add("--host", default="0.0.0.0", help="listening address (default: all interfaces)")
     add("--port", type=port, default=0, help="listening port (default 0: any free one)")
     add("--announce", action="append", default=[], metavar="MULTIADDR", help=ANNOUNCE_HELP)
     add("--name", default="", help="shown to others in status")
     add("--identity", metavar="FILE", help="key file, made on first use")
+    add("--adapter", action="append", default=[], metavar="ID", help="not built yet")
+    add("--api-port", type=port, metavar="P", help="not built yet")
     _add_checkpoint(verb)
 
 
@@ -79,6 +83,8 @@ def _generate(verb: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from this mass; 1: all")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default 1: none")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    add("--num-beams", type=positive, default=1, metavar="N", help="not built yet")
+    add("--adapter", action="append", default=[], metavar="ID", help="not built yet")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeats")
     add("--dtype", default="auto", choices=DTYPES, help="of embeddings and head")
     _add_checkpoint(verb)
@@ -101,8 +107,17 @@ def _add_checkpoint(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cache-dir", metavar="DIR", help="where downloads go (default: HF_HOME)")
 
 
+UNBUILT: Mapping[str, Any] = {"quant": "none", "adapter": [], "api_port": None, "num_beams": 1}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ANNOUNCE_HELP = "an address that others should dial, if this machine cannot see it; repeats"
+
+
+def refuse_unbuilt(arguments: argparse.Namespace) -> None:
+    """Raise ``UsageError`` for a flag of the command-line contract that does nothing yet."""
+    for name, harmless in UNBUILT.items():
+        if getattr(arguments, name, harmless) != harmless:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is not built yet.", "Leave it out.")
 
 
 def block_range(text: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from petalnode.cli.arguments import build_parser
+from petalnode.cli.arguments import build_parser, refuse_unbuilt
 from petalnode.errors import PetalnodeError
 from petalnode.nurseries import plain_errors
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = importlib.import_module(f"petalnode.cli.{arguments.verb}")
     try:
         with plain_errors():
+            refuse_unbuilt(arguments)
             return int(verb.main(arguments))
     except PetalnodeError as error:
         print(f"petalnode: {error.cause}", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""What the parity tests compare with: transformers, and a plain driver for petalnode's own parts."""
+"""What the parity tests compare: transformers, and a plain driver for petalnode's own parts."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from petalnode.models.checkpoint import load_block_span, load_client, open_check
 from petalnode.models.span import RowSlice, Span
 
 
-def load_reference(path: Path) -> Any:
-    """Return transformers' model in float32."""
+def load_reference(path: Path, dtype: str = "float32") -> Any:
+    """Return transformers' model."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
 
 
 @torch.inference_mode()
@@ -46,8 +47,7 @@ class Local:
         bounds = [0, *cuts, config.num_blocks]
         which: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": torch.device("cpu")}
         self.spans: list[Span] = [
-            load_block_span(self.checkpoint, a, b, **which)
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            load_block_span(self.checkpoint, a, b, **which) for a, b in pairwise(bounds)
         ]
         self.client = load_client(self.checkpoint, **which)
 
