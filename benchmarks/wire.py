@@ -35,6 +35,9 @@ LENGTH = struct.Struct(">I")
 READ_BYTES = 256 * KIB
 # How late the relay may notice and still make up for it.
 RELAY_SLACK_S = 0.005
+# A router's queue, not a relay's: what lies in it delays everything alike.
+RELAY_QUEUE_BYTES = 64 * KIB
+SEGMENT_BYTES = 1448  # loopback's own 64 KiB would not fit that queue
 
 
 # Every stream below has: send(data), receive(n) -> bytes-like of n bytes, take(n) -> nothing.
@@ -210,8 +213,11 @@ def relay_server(report: Any, target_port: int) -> None:
                 nursery.start_soon(cable, far, near, nursery)
 
         async with trio.open_nursery() as nursery:
-            listeners = await nursery.start(trio.serve_tcp, handler, 0)
-            report.send(listeners[0].socket.getsockname()[1])
+            (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RELAY_QUEUE_BYTES)
+            listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
+            report.send(listener.socket.getsockname()[1])
+            await trio.serve_listeners(handler, [listener], handler_nursery=nursery)
 
     trio.run(main)
 
@@ -252,6 +258,7 @@ def start(server: Callable[..., None], *args: Any) -> tuple[multiprocessing.Proc
     near, far = context.Pipe()
     process = context.Process(target=server, args=(far, *args), daemon=True)
     process.start()
+    far.close()
     return process, near.recv()
 
 

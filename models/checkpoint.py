@@ -46,6 +46,8 @@ class Checkpoint:
         self._raw = read_json(source.path("config.json"), MAX_CONFIG_BYTES)
         generation = self._json("generation_config.json", MAX_CONFIG_BYTES)
         self.config = ModelConfig.from_hf(self._raw, generation)
+        self._index = self._read_index()
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
         if source.is_local:
             self.verify()
 
@@ -55,7 +57,7 @@ class Checkpoint:
         digest = hashlib.sha256(b"petalnode model 1\n")
         config = {k: v for k, v in self._raw.items() if k not in NOT_FINGERPRINTED}
         digest.update(json.dumps(config, sort_keys=True).encode())
-        shards = sorted(set(self._weight_map.values()))
+        shards = sorted(set(self._index.values())) if self._index else [SINGLE]
         for shard, sha256 in zip(shards, self._source.digests(shards), strict=True):
             digest.update(f"\n{shard} {sha256}".encode())
         return digest.hexdigest()[:32]
@@ -104,12 +106,10 @@ class Checkpoint:
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         """Which shard holds each tensor of the model; all names are checked here."""
-        index = self._json(INDEX, MAX_INDEX_BYTES)
-        if index is None:
-            names = dict.fromkeys(read_header(self._single()), SINGLE)
-        else:
-            names = _index_map(index)
-        expected = layout.expected_shapes(self.config)
+        names = self._index
+        if names is None:
+            names = dict.fromkeys(read_header(self._source.path(SINGLE)), SINGLE)
+        expected = self._expected
         for name in names:
             if name not in expected and not layout.is_ignored(self.config, name):
                 raise ModelError(
@@ -124,17 +124,18 @@ class Checkpoint:
                 )
         return {name: shard for name, shard in names.items() if name in expected}
 
-    def _single(self) -> Path:
-        path = self._source.optional(SINGLE)
-        if path is not None:
-            return path
-        pickled = self._source.pickled_weights()
-        if pickled:
+    def _read_index(self) -> dict[str, str] | None:
+        """Return which shard holds each tensor, or None where all are in one file."""
+        index = self._json(INDEX, MAX_INDEX_BYTES)
+        if index is not None:
+            return _index_map(index)
+        pickled = None if self._source.has(SINGLE) else self._source.pickled_weights()
+        if pickled is not None:
             raise ModelError(
                 f"{self._source} has only pickled weights ({pickled}), which could run any code.",
                 "Use a safetensors version, or convert it with transformers' save_pretrained.",
             )
-        return self._source.path(SINGLE)  # raises: says whether it is missing or out of reach
+        return None
 
     def _header(self, shard: str) -> dict[str, TensorInfo]:
         """Return a shard's header, after checking it against the configuration."""
@@ -142,7 +143,7 @@ class Checkpoint:
             return self._headers[shard]
         path = self._source.path(shard)
         header = read_header(path)
-        expected = layout.expected_shapes(self.config)
+        expected = self._expected
         for name in (name for name, where in self._weight_map.items() if where == shard):
             if name not in header:
                 raise ModelError(f"{path} lacks the tensor {name!r}.", "Download it again.")
@@ -161,8 +162,8 @@ class Checkpoint:
         return header
 
     @cached_property
-    def _headers(self) -> dict[str, dict[str, TensorInfo]]:
-        return {}
+    def _expected(self) -> layout.Shapes:
+        return layout.expected_shapes(self.config)
 
     def _json(self, file: str, limit: int) -> dict[str, Any] | None:
         path = self._source.optional(file)

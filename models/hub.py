@@ -49,6 +49,10 @@ class HubRepo:
     def __str__(self) -> str:
         return f"The repo {self._repo}"
 
+    def has(self, file: str) -> bool:
+        """Return whether the repo, or without network the cache, has a file."""
+        return file in self._files if self._files is not None else self.optional(file) is not None
+
     def optional(self, file: str) -> Path | None:
         """Return the path of a file, fetched where need be; None where it is not to be had."""
         if self._files is not None:

@@ -64,21 +64,11 @@ class Sampler:
 
         Greedy takes the lowest id of equals. Raises `ModelError` for logits that are not numbers.
         """
-        config = self.config
-        scores = logits.detach().to("cpu", torch.float32)
-        if config.repetition_penalty != 1.0 and previous_ids:
-            scores = _penalize(scores, previous_ids, config.repetition_penalty)
+        scores = warp(logits, previous_ids, self.config)
         best = int(scores.argmax())
-        if not math.isfinite(float(scores[best])):
+        if not math.isfinite(float(scores[best])):  # NaN counts as the largest
             raise ModelError("The model's output is not a number.", "Try --dtype float32.")
-        if config.temperature == 0.0:
-            return best
-        scores = scores / config.temperature
-        if config.top_k:
-            scores = _top_k(scores, config.top_k)
-        if config.top_p < 1.0:
-            scores = _top_p(scores, config.top_p)
-        return self._draw(scores)
+        return best if self.config.temperature == 0.0 else self._draw(scores)
 
     def _draw(self, scores: Tensor) -> int:
         """Draw from softmax(scores) by inverting its cumulative sum at one uniform number."""
@@ -87,6 +77,24 @@ class Sampler:
         at = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
         last = int(torch.searchsorted(cumulative, cumulative[-1]))  # no id behind has any weight
         return min(at, last)
+
+
+def warp(logits: Tensor, previous_ids: Sequence[int], config: SamplingConfig) -> Tensor:
+    """Return float32 scores [V] on the CPU whose softmax is what is sampled from; cut ids are -inf.
+
+    At temperature 0 only the penalty applies: the best score is the choice.
+    """
+    scores = logits.detach().to("cpu", torch.float32)
+    if config.repetition_penalty != 1.0 and previous_ids:
+        scores = _penalize(scores, previous_ids, config.repetition_penalty)
+    if config.temperature == 0.0:
+        return scores
+    scores = scores / config.temperature
+    if config.top_k:
+        scores = _top_k(scores, config.top_k)
+    if config.top_p < 1.0:
+        scores = _top_p(scores, config.top_p)
+    return scores
 
 
 def _penalize(scores: Tensor, previous_ids: Sequence[int], penalty: float) -> Tensor:

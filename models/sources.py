@@ -22,6 +22,9 @@ class Source(Protocol):
 
     is_local: bool
 
+    def has(self, file: str) -> bool:
+        """Return whether the model has a file; fetches nothing."""
+
     def optional(self, file: str) -> Path | None:
         """Return the path of a file, fetched where need be, or None where the model has none."""
 
@@ -47,10 +50,13 @@ class Directory:
     def __str__(self) -> str:
         return self._label
 
+    def has(self, file: str) -> bool:
+        """Return whether the file is there."""
+        return (self._directory / file).is_file()
+
     def optional(self, file: str) -> Path | None:
         """Return the file's path, or None."""
-        path = self._directory / file
-        return path if path.is_file() else None
+        return self._directory / file if self.has(file) else None
 
     def path(self, file: str) -> Path:
         """Return the file's path, or raise `ModelError`."""

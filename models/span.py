@@ -51,8 +51,10 @@ class Span:
         """Run hidden states x [T, H] through the blocks [start, end); return [T, H].
 
         `rows` cut the T tokens, in order. Each row's `position` must be its cache's length, and its
-        cache must be for the same blocks; no row may appear twice. The lengths advance when all
-        blocks are done. Raises `LocalProtocolError` where the caller breaks these rules.
+        cache must be for these blocks at least; no row may appear twice. A row of more blocks comes
+        in several calls, in order: its length advances with its last block, so that rows of
+        different sub-spans can share the blocks that they share. Raises `LocalProtocolError` where
+        the caller breaks these rules.
         """
         self._check_range(start, end)
         self._check_rows(x, rows, start, end)
@@ -64,7 +66,8 @@ class Span:
         for block in self._blocks[start - self.start : end - self.start]:
             x = block.forward(x, batch)
         for row in rows:
-            row.cache.advance(row.n)
+            if row.cache.end == end:
+                row.cache.advance(row.n)
         return x
 
     def _check_range(self, start: int, end: int) -> None:
@@ -84,7 +87,7 @@ class Span:
                     f"{row.n} tokens at position {row.position} do not extend a row of "
                     f"{row.cache.length} tokens."
                 )
-            if (row.cache.start, row.cache.end) != (start, end):
+            if not row.cache.start <= start < end <= row.cache.end:
                 raise LocalProtocolError(
                     f"A row for {row.cache.start}:{row.cache.end} was sent through {start}:{end}."
                 )

@@ -66,10 +66,11 @@ class TextStream:
         """Take the window's text; return what of it no stop string can claim."""
         self._held += text[self._decided :]
         self._decided = max(self._decided, len(text))
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
         if found:
+            # The stop that is complete first: how the text was cut in pieces must not matter.
             self.stopped = True
-            piece, self._held = self._held[: min(found)], ""
+            piece, self._held = self._held[: min(found)[1]], ""
             return piece
         keep = _stop_overlap(self._held, self._stops)
         cut = len(self._held) - keep

@@ -85,6 +85,10 @@ class Swarm:
             with trio.move_on_after(left):
                 await changed.wait()
 
+    async def wait_changed(self) -> None:
+        """Until the view changes."""
+        await self._changed.wait()
+
     async def find_chain(self, exclude: Collection[str] = ()) -> tuple[Hop, ...]:
         """The best chain there is now, without the peers in ``exclude``. Raises ``NoRoute``."""
         await self.probe()

@@ -112,8 +112,9 @@ class Gossip:
         now = trio.current_time()
         known = self.view.get(announcement.peer_id, now)
         outcome = self.view.apply(announcement, now, raw, age_s=age_s)
-        if outcome in NEWS and (known is None or known.addrs != announcement.addrs):
-            self._host.learn(announcement.peer_id, announcement.addrs)
+        if outcome in NEWS:
+            if known is None or known.addrs != announcement.addrs:
+                self._host.learn(announcement.peer_id, announcement.addrs)
         elif outcome != "duplicate":
             self.refused[outcome] += 1
         return outcome

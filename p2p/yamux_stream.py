@@ -2,8 +2,9 @@
 
 Reading: whoever asks for n bytes gets them put straight into place as they arrive; what nobody
 asked for yet waits in a buffer that the window bounds. Consuming half a window tells the peer so,
-and doubles the window while one is consumed in less than two round trips, so that it follows the
-bandwidth-delay product and no more: on a fast network little lies in queues.
+and doubles the window while half of it is consumed within one round trip, so that it ends between
+two and four bandwidth-delay products: enough to keep the path busy, and little in queues. (With a
+window of 4 MiB on loopback a 4 KiB echo beside bulk took 5 ms, with 256 KiB 0.3, as fast in bulk.)
 
 Writing: a message waits in the stream's queue until the connection has taken its last byte.
 """
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 INITIAL_WINDOW_BYTES = 256 * 1024  # fixed by yamux
 MAX_WINDOW_BYTES = 16 * 1024 * 1024
-# Two bandwidth-delay products keep a path busy when half windows are returned; we stop at four.
-GROW_IF_HALF_WITHIN_RTTS = 2.0
+# Below this a measured round trip is mostly waiting for a core, and 256 KiB fill a gigabit anyway.
+RTT_NOISE_S = 0.002
 # A message up to this size goes ahead of other streams' bulk.
 SMALL_MESSAGE_BYTES = 64 * 1024
 
@@ -304,7 +305,7 @@ class Stream:
         now = trio.current_time()
         rtt = self._muxer.rtt_s
         grown = 0
-        if rtt is not None and now - self._epoch < GROW_IF_HALF_WITHIN_RTTS * rtt:
+        if rtt is not None and now - self._epoch < rtt - RTT_NOISE_S:
             grown = self._muxer.grant(min(self._window, MAX_WINDOW_BYTES - self._window))
         delta = self._consumed + grown
         self._window += grown

@@ -1,0 +1,1 @@
+"""The simulated network and the swarm simulator: to come with the swarm issue."""

@@ -42,6 +42,7 @@ async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) ->
         name=arguments.name,
         identity=Path(arguments.identity) if arguments.identity else None,
     )
+    drained = False
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             serving, drain = trio.Event(), trio.Event()
@@ -50,9 +51,10 @@ async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) ->
                 serving.set()
                 await drain.wait()
                 await node.drain()
+                drained = True
             nursery.cancel_scope.cancel()
     report(Stopped())
-    if nursery.cancel_scope.cancelled_caught:
+    if not drained:
         raise KeyboardInterrupt
 
 

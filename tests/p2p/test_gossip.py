@@ -11,8 +11,10 @@ from libp2p.abc import INetStream
 from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 
+from petalnode.errors import PeerError
 from petalnode.p2p.envelope import _DOMAIN, MAX_RECORD_BYTES, seal
 from petalnode.p2p.gossip import open_gossip
+from petalnode.p2p.hello import HELLO_PROTOCOL, About, ask, hello_handler
 from petalnode.p2p.host import open_host
 from petalnode.routing.announcement import Announcement, InvalidAnnouncement
 from petalnode.routing.view import Sighting, SwarmView
@@ -195,6 +197,29 @@ async def test_a_snapshot_is_checked_like_gossip() -> None:
         assert taker.gossip.refused["throughput"] == 1
         # Nobody asks for more life than is left.
         assert taker.gossip.snapshot()[0].age_s >= given.age_s
+
+
+async def test_a_joiner_learns_everybody_from_one_hello() -> None:
+    async with open_line(2) as (contact, far), open_member(3) as joiner:
+        await far.gossip.publish(record(far.who, seq=3))
+        await contact.gossip.publish(record(contact.who, seq=5))
+        await sees(contact, far, 3)
+        about = About(NETWORK, "demo", FINGERPRINT)
+        handler = hello_handler(about, contact.gossip.snapshot, contact.gossip.absorb)
+        contact.host.serve(HELLO_PROTOCOL, handler)
+        peer_id = await joiner.host.connect(contact.host.addrs[0])
+        own = seal(joiner.who, record(joiner.who, seq=9))
+        answer = await ask(joiner.host, peer_id, network=NETWORK, record=own)
+        assert joiner.gossip.absorb(answer.records) == 2
+        assert seqs(joiner.view) == {far.who.peer_id: 3, contact.who.peer_id: 5}
+        await sees(contact, joiner, 9)
+
+
+async def test_asking_a_peer_that_speaks_no_hello_is_a_refusal() -> None:
+    async with open_member(1) as contact, open_member(2, contacts=[contact.host]) as joiner:
+        with pytest.raises(PeerError) as caught:
+            await ask(joiner.host, contact.who.peer_id)
+        assert caught.value.peer_id == contact.who.peer_id
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,10 @@ async def test_honest_dials_get_through_beside_silent_connections(
             await until(lambda: tasks() <= before + 20)
 
 
-async def test_garbage_instead_of_a_handshake_harms_nobody() -> None:
+async def test_garbage_instead_of_a_handshake_harms_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(swarm, "HANDSHAKE_DEADLINE_S", 0.1)
     async with open_hosts() as (alice, bob):
         noise = b"\x13/multistream/1.0.0\n\x07/noise\n"
         for garbage in (b"GET / HTTP/1.1\r\n\r\n", noise + b"\x00\x05hello", b"\xff" * 99):
@@ -263,6 +266,7 @@ async def test_garbage_instead_of_a_handshake_harms_nobody() -> None:
                     await sock.send_all(garbage)
                     async for _ in sock:
                         pass
+        monkeypatch.undo()
         await alice.connect(bob.addrs[0])
         await assert_echoes(await alice.open_stream(bob.peer_id, ECHO))
 

@@ -1,7 +1,7 @@
-import multiprocessing
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,15 +124,12 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
         assert mine.peer_id == peer_id
 
 
-def test_processes_that_create_it_at_once_agree(tmp_path: Path) -> None:
+def test_nodes_that_create_it_at_once_agree(tmp_path: Path) -> None:
     path = tmp_path / "node.key"
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        ids = pool.map(_peer_id_in, [path] * 8)
+    with ThreadPoolExecutor(8) as pool:
+        ids = list(pool.map(lambda _: load_identity(path).peer_id, range(16)))
     assert len(set(ids)) == 1
-
-
-def _peer_id_in(path: Path) -> str:
-    return load_identity(path).peer_id
+    assert [p.name for p in tmp_path.iterdir()] == ["node.key"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What petalnode takes, measured: ``python -m benchmarks [section …]``. See ``__main__``."""

@@ -1,0 +1,24 @@
+"""The blocks alone: ``benchmarks/blocks.py``, one process, against transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks.machine import ROOT
+from benchmarks.processes import environment
+from benchmarks.report import Result
+
+
+def run(quick: bool) -> Result:
+    """Run it as a process of its own, and keep what it prints."""
+    only = ["--only", "tiny"] if quick else []
+    verb = [sys.executable, "benchmarks/blocks.py", "--quick", *only]
+    ran = subprocess.run(
+        verb, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, check=True
+    )
+    return Result(
+        "Blocks: CPU time in one process, no network",
+        notes=["```text", ran.stdout.rstrip(), "```"],
+        values={"lines": ran.stdout.splitlines()},
+    )

@@ -1,0 +1,67 @@
+"""What people and programs see of events."""
+
+import json
+
+from petalnode import events
+from petalnode.cli.output import print_human, print_json
+from petalnode.survey import describe_swarm
+
+from ..routing.records import record
+
+MEMORY = {"weights": 2**20, "peak": 2**21}
+EVENTS = [
+    events.Listening("peer-abcdef", ["/ip4/127.0.0.1/tcp/1/p2p/peer-abcdef"], "pn1:x"),
+    events.Loading((0, 4), 1, 4),
+    events.Ready("peer-abcdef", (0, 4), "demo", {"decode": 5.0, "forward": 9.0}, MEMORY),
+    events.Draining(2),
+    events.Stopped(),
+    events.Waiting("Block 3 is served by nobody.", 20.0),
+    events.Route([events.HopInfo("peer-abcdef", (0, 4), 1.5), events.HopInfo("b", (4, 8), None)]),
+    events.TokenEvent(5, "def", 7, 1.5),
+    events.Done([5], "def", 20.0, 50.0, "length"),
+]
+
+
+def test_json_is_one_object_a_line_named_by_its_event(capsys):
+    for event in EVENTS:
+        print_json(event)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines] == [event.event for event in EVENTS]
+    assert lines[0]["invite"] == "pn1:x"
+    assert lines[6]["hops"][0] == {"peer_id": "peer-abcdef", "blocks": [0, 4], "rtt_ms": 1.5}
+
+
+def test_only_the_text_goes_to_stdout(capsys):
+    for event in EVENTS:
+        print_human(event)
+    out, err = capsys.readouterr()
+    assert out == "def\n"
+    for words in ("--join pn1:x", "…abcdef (blocks 0:4, 1.5 ms)", "Block 3", "2 sessions"):
+        assert words in err
+
+
+def test_status_shows_bars_and_says_who_is_not_used_and_why(capsys):
+    records = [
+        record("a", 0, 4),
+        record("b", 4, 8),
+        record("c", 4, 6),
+        record("d", 0, 8, state="draining"),
+    ]
+    swarm = describe_swarm("demo", 8, records, {"a": 0.001})
+    assert swarm.covered
+    assert {unused.peer_id: unused.why for unused in swarm.not_used} == {
+        "c": "other peers make a shorter chain",
+        "d": "it is draining",
+    }
+    print_human(swarm)
+    out = capsys.readouterr().out
+    assert "████····" in out
+    assert "demo: 8 blocks, 4 peers, covered" in out
+
+
+def test_status_of_a_swarm_with_a_hole(capsys):
+    swarm = describe_swarm("demo", 8, [record("a", 0, 4)], {})
+    assert not swarm.covered
+    assert "Blocks 4 to 7" in swarm.not_used[0].why
+    print_human(swarm)
+    assert "NOT covered" in capsys.readouterr().out

@@ -1,0 +1,154 @@
+"""Real processes on loopback: founder, joiners by invite and by multiaddr, clients, goodbye."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from threading import Timer
+
+import pytest
+import torch
+
+PROMPT = "def main():\n"
+DEADLINE_S = 60
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "petalnode", *arguments]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    return {**os.environ, "XDG_DATA_HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+
+class Serving:
+    """A ``petalnode run demo`` process; events are read as they are waited for."""
+
+    def __init__(self, environment, *arguments):
+        verb = command("run", "demo", "--json", "--host", "127.0.0.1", *arguments)
+        self.process = subprocess.Popen(verb, stdout=subprocess.PIPE, env=environment, text=True)
+        self.watchdog = Timer(DEADLINE_S, self.process.kill)
+        self.watchdog.start()
+
+    def wait_for(self, kind):
+        for line in self.process.stdout:
+            event = json.loads(line)
+            if event["event"] == kind:
+                return event
+        pytest.fail(f"the node ended without {kind}")
+
+    def stop(self):
+        """First Ctrl-C: drain, say goodbye, exit with 0."""
+        self.process.send_signal(signal.SIGINT)
+        kinds = [json.loads(line)["event"] for line in self.process.stdout]
+        return kinds, self.process.wait()
+
+
+@contextmanager
+def serving(environment, *arguments):
+    node = Serving(environment, *arguments)
+    try:
+        yield node
+    finally:
+        node.watchdog.cancel()
+        node.process.kill()
+        node.process.wait()
+        node.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def swarm(environment):
+    """Two nodes with half of the model each; the value has the founder's events."""
+    with serving(environment, "--blocks", "0:4") as founder:
+        listening = founder.wait_for("listening")
+        second = ["--blocks", "4:8", "--join", listening["invite"]]
+        with serving(environment, *second) as joiner:
+            joiner.wait_for("ready")
+            founder.wait_for("ready")
+            yield listening
+
+
+def generate(environment, join, *flags):
+    """The events of one ``petalnode generate``."""
+    verb = command("generate", "demo", PROMPT, "--json", "--join", join, *flags)
+    done = subprocess.run(verb, capture_output=True, env=environment, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def local_tokens(new_tokens):
+    """What transformers makes of the prompt, in float32."""
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    import petalnode.demo
+
+    folder = Path(petalnode.demo.__file__).parent
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    output = model.generate(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False)
+    return output[0, len(ids) :].tolist()
+
+
+def test_greedy_text_of_a_real_swarm_equals_transformers(swarm, environment):
+    events = generate(environment, swarm["invite"], "--max-new-tokens", "200")
+    route, *tokens, done = events
+    assert route["event"] == "route"
+    assert [hop["blocks"] for hop in route["hops"]] == [[0, 4], [4, 8]]
+    assert all(hop["rtt_ms"] > 0 for hop in route["hops"])
+    assert [token["id"] for token in tokens] == done["tokens"] == local_tokens(200)
+    assert "".join(token["text"] for token in tokens) == done["text"]
+    assert done["finish_reason"] in ("stop", "length")
+    assert done["ttft_ms"] > 0
+
+
+def test_a_late_node_is_used_and_one_that_says_goodbye_is_not(swarm, environment):
+    by_multiaddr = ["--join", swarm["addrs"][0], "--name", "late"]
+    with serving(environment, "--blocks", "0:8", *by_multiaddr) as late:
+        peer_id = late.wait_for("ready")["peer_id"]
+        route = generate(environment, swarm["invite"], "--max-new-tokens", "3")[0]
+        assert [hop["peer_id"] for hop in route["hops"]] == [peer_id]
+
+        status = subprocess.run(
+            command("status", "demo", "--json", "--join", swarm["invite"]),
+            capture_output=True,
+            env=environment,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+        (seen,) = [json.loads(line) for line in status.stdout.splitlines()]
+        assert seen["event"] == "swarm"
+        assert (seen["blocks"], seen["covered"], len(seen["peers"])) == (8, True, 3)
+        assert {peer["name"] for peer in seen["peers"]} == {"", "late"}
+        assert len(seen["not_used"]) == 2
+
+        assert late.stop() == (["draining", "stopped"], 0)
+    route = generate(environment, swarm["invite"], "--max-new-tokens", "3")[0]
+    assert [hop["blocks"] for hop in route["hops"]] == [[0, 4], [4, 8]]
+
+
+def test_sampling_with_a_seed_repeats(swarm, environment):
+    flags = ["--temperature", "0.8", "--top-k", "40", "--seed", "5", "--max-new-tokens", "20"]
+    texts = {generate(environment, swarm["invite"], *flags)[-1]["text"] for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_a_prompt_longer_than_the_context_exits_with_1(swarm, environment):
+    verb = command("generate", "demo", "-", "--join", swarm["invite"])
+    failed = subprocess.run(
+        verb,
+        input="x = 1\n" * 3000,
+        capture_output=True,
+        env=environment,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert failed.returncode == 1
+    assert "context is 2048" in failed.stderr
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,127 @@
+"""The span engine: what is gathered into a batch, what errors and cancellations cost."""
+
+import pytest
+import torch
+import trio
+
+from petalnode.compute import ComputeThread
+from petalnode.errors import LocalProtocolError
+from petalnode.models.checkpoint import load_block_span, open_checkpoint
+from petalnode.models.span import RowSlice
+from petalnode.serving.engine import RowWork, SpanEngine
+
+
+@pytest.fixture
+def span(tiny_checkpoint):
+    return load_block_span(open_checkpoint(str(tiny_checkpoint())), 0, 4)
+
+
+class Recording:
+    """A span that notes each forward call's tokens and blocks, and may be told to fail."""
+
+    def __init__(self, span):
+        self._span = span
+        self.calls = []
+        self.failure = None
+
+    def __getattr__(self, name):
+        return getattr(self._span, name)
+
+    def forward(self, x, rows, start, end):
+        self.calls.append((x.shape[0], start, end))
+        if self.failure is not None:
+            raise self.failure
+        return self._span.forward(x, rows, start, end)
+
+
+def row(span, n, position=0, start=0, end=4, cache=None):
+    return RowWork(cache or span.new_row(start, end), position, n)
+
+
+async def run_all(engine, *works):
+    """Queue all works before the engine starts; their outputs in order."""
+    outputs = [None] * len(works)
+
+    async def one(index, work):
+        outputs[index] = await engine.run(*work)
+
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as waiting:
+            for index, work in enumerate(works):
+                waiting.start_soon(one, index, work)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(engine.serve)
+        nursery.cancel_scope.cancel()
+    return outputs
+
+
+async def test_frames_of_all_sessions_are_one_batch(span):
+    recording = Recording(span)
+    engine = SpanEngine(recording, ComputeThread())
+    hidden = torch.randn(3, 64)
+    outputs = await run_all(engine, *[(0, 4, [row(span, 1)], hidden[i : i + 1]) for i in range(3)])
+    assert recording.calls == [(3, 0, 4)]
+    alone = [
+        (await run_all(SpanEngine(span, ComputeThread()), (0, 4, [row(span, 1)], h[None])))[0]
+        for h in hidden
+    ]
+    torch.testing.assert_close(torch.cat(outputs), torch.cat(alone), atol=1e-4, rtol=0)
+
+
+async def test_sub_spans_share_the_blocks_that_they_share(span):
+    recording = Recording(span)
+    works = [
+        (0, 3, [row(span, 1, start=0, end=3)], torch.randn(1, 64)),
+        (2, 4, [row(span, 1, start=2, end=4)], torch.randn(1, 64)),
+    ]
+    outputs = await run_all(SpanEngine(recording, ComputeThread()), *works)
+    assert recording.calls == [(1, 0, 2), (2, 2, 3), (1, 3, 4)]
+    for (start, end, (done,), hidden), output in zip(works, outputs, strict=True):
+        assert done.cache.length == 1
+        fresh = (start, end, [row(span, 1, start=start, end=end)], hidden)
+        (alone,) = await run_all(SpanEngine(span, ComputeThread()), fresh)
+        torch.testing.assert_close(output, alone, atol=1e-4, rtol=0)
+
+
+async def test_a_long_prompt_is_computed_in_turns_and_comes_back_whole(span):
+    recording = Recording(span)
+    hidden = torch.randn(600, 64)
+    work = (0, 4, [row(span, 600)], hidden)
+    (output,) = await run_all(SpanEngine(recording, ComputeThread()), work)
+    assert [tokens for tokens, _, _ in recording.calls] == [256, 256, 88]
+    (whole,) = [span.forward(hidden, [RowSlice(span.new_row(0, 4), 0, 600)], 0, 4)]
+    torch.testing.assert_close(output, whole, atol=1e-3, rtol=1e-3)
+
+
+async def test_going_back_truncates_the_row(span):
+    engine = SpanEngine(span, ComputeThread())
+    first = row(span, 5)
+    await run_all(engine, (0, 4, [first], torch.randn(5, 64)))
+    await run_all(engine, (0, 4, [row(span, 1, position=2, cache=first.cache)], torch.randn(1, 64)))
+    assert first.cache.length == 3
+
+
+async def test_a_failed_turn_is_told_to_those_in_it_and_the_engine_goes_on(span, caplog):
+    recording = Recording(span)
+    engine = SpanEngine(recording, ComputeThread())
+    recording.failure = RuntimeError("out of memory")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.serve)
+        bad = row(span, 1)
+        with pytest.raises(LocalProtocolError, match="out of memory"):
+            await engine.run(0, 4, [bad], torch.randn(1, 64))
+        assert bad.cache.length == 0
+        recording.failure = None
+        await engine.run(0, 4, [bad], torch.randn(1, 64))
+        assert bad.cache.length == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_cancelled_frame_leaves_the_queue(span):
+    engine = SpanEngine(span, ComputeThread())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run, 0, 4, [row(span, 1)], torch.randn(1, 64))
+        await trio.testing.wait_all_tasks_blocked()
+        assert engine.queue_depth == 1
+        nursery.cancel_scope.cancel()
+    assert engine.queue_depth == 0
