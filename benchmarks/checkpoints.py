@@ -41,7 +41,8 @@ def checkpoint(name: str) -> Path:
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         verb = [sys.executable, "-m", "benchmarks.checkpoints", name, str(folder)]
-        subprocess.run(verb, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(verb, cwd=ROOT, check=True, **quiet)
     return folder
 
 

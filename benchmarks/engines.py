@@ -50,7 +50,9 @@ class Transformers:
 
     def __init__(self, model: Path) -> None:
         from transformers import LlamaForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._cache: Any = None
         self._ids: list[int] = []
@@ -63,12 +65,12 @@ class Transformers:
         return time.monotonic() - started
 
     async def decode(self, steps: int) -> Decoded:
-        self._cache.crop(len(self._ids) - 1)
+        self._cache.crop(-1)
         ids, at = [self._ids[-1]], []
         for _ in range(steps + 1):
             ids.append(self._step(ids[-1:]))
             at.append(time.monotonic())
-        self._cache.crop(len(self._ids))
+        self._cache.crop(-steps)
         return Decoded(at, ids[1:])
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -33,8 +33,7 @@ async def serve(port: int, delay_s: float) -> None:
             nursery.start_soon(one_way, far, near, delay_s, nursery)
 
     async with trio.open_nursery() as nursery:
-        start: Callable[..., Awaitable[list[trio.SocketListener]]] = nursery.start
-        listeners = await start(trio.serve_tcp, handle, 0, host="127.0.0.1")
+        listeners = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
         print(json.dumps({"port": listeners[0].socket.getsockname()[1]}), flush=True)
 
 

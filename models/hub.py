@@ -6,7 +6,7 @@ so a push in between never mixes two versions. Without network, what the cache h
 
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -31,23 +31,29 @@ class HubRepo:
         self._repo, self._cache_dir = repo, cache_dir
         # Every file of the repo with its sha256 (None: small, not stored by it); None: no network.
         self._files: dict[str, str | None] | None = None
+        self._commit = revision
         with _translated(repo, revision):
-            try:
-                info = huggingface_hub.HfApi().model_info(
-                    repo, revision=revision, files_metadata=True, timeout=METADATA_TIMEOUT_S
-                )
-            except _NO_NETWORK:
-                self._commit = revision
-                self._commit = self._fetch("config.json").parent.name  # snapshots/<commit>/…
-            else:
-                self._commit = info.sha
-                self._files = {
-                    sibling.rfilename: sibling.lfs.sha256 if sibling.lfs else None
-                    for sibling in info.siblings or ()
-                }
+            listed = None
+            with suppress(*_NO_NETWORK):
+                listed = self._list_files()
+            # By the revision's own name, so that the cache can resolve it without network.
+            self._commit = self.path("config.json").parent.name  # snapshots/<commit>/config.json
+            if listed not in (None, self._commit):  # a push came between the two answers
+                self._list_files()
 
     def __str__(self) -> str:
         return f"The repo {self._repo}"
+
+    def _list_files(self) -> str | None:
+        """Ask the hub for all files at the current commit or revision; return the commit."""
+        info = huggingface_hub.HfApi().model_info(
+            self._repo, revision=self._commit, files_metadata=True, timeout=METADATA_TIMEOUT_S
+        )
+        self._files = {
+            sibling.rfilename: sibling.lfs.sha256 if sibling.lfs else None
+            for sibling in info.siblings or ()
+        }
+        return info.sha
 
     def has(self, file: str) -> bool:
         """Return whether the repo, or without network the cache, has a file."""

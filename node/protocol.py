@@ -28,10 +28,17 @@ SESSION_ID_BYTES = 16
 MAX_ROWS = 64
 MAX_STEP_TOKENS = 2048
 MAX_ADDRS = 16
+MAX_ITEM_BYTES = 4
+"""Of one number of a hidden state: float32."""
 MAX_TEXT = 512
 MAX_BLOCKS = 4096
 MAX_POSITION = 1 << 24
 MAX_SEQ = 1 << 48
+
+
+def max_payload_bytes(hidden_size: int) -> int:
+    """The longest payload that a step of a model may have."""
+    return MAX_STEP_TOKENS * hidden_size * MAX_ITEM_BYTES
 
 
 class BadMessage(ValueError):

@@ -67,18 +67,20 @@ class Frame:
 class FrameStream:
     """Frames over one byte stream. One task receives; any task may send, a frame is one write.
 
+    ``max_payload`` bytes is the limit both ways; a protocol that needs less sets it lower.
+
     Raises ``PeerGone`` when the stream breaks, ``PeerMisbehaved`` on a frame that breaks the
     format (the stream is reset first).
     """
 
     def __init__(self, raw: ByteStream, *, max_payload: int = MAX_PAYLOAD_BYTES) -> None:
         self._raw = raw
-        self._max_payload = max_payload
+        self.max_payload = max_payload
         self.peer_id = raw.peer_id
 
     async def send(self, header: dict[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
         """Send one frame. Tensors are sent from where they lie; do not change them meanwhile."""
-        await self._raw.write(*encode(header, tensors, self._max_payload))
+        await self._raw.write(*encode(header, tensors, self.max_payload))
 
     async def receive(self) -> Frame | None:
         """The next frame, or None after a clean end between frames."""
@@ -87,7 +89,7 @@ class FrameStream:
             return None
         header_len, payload_len = PREFIX.unpack(prefix)
         try:
-            check_lengths(header_len, payload_len, self._max_payload)
+            check_lengths(header_len, payload_len, self.max_payload)
             header = decode_header(await self._raw.read_exactly(header_len))
             specs = tensor_specs(header.pop("_t", []), payload_len)
             if not specs:

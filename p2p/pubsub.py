@@ -14,6 +14,8 @@ Everything below goes through constructor arguments, public attributes and overr
 - stock answers repeated ids in one IWANT with as many copies, keeps back-offs for any topic name,
   and dials whatever a PRUNE suggests. Here only what concerns our topic gets through, capped.
 - seqnos start at the wall clock in microseconds, not seconds: a quick restart cannot repeat one.
+- stock tries once to reach a peer that connects, and never again if that peer has no gossip yet.
+  Here the dialling side opens the first stream, and the other side answers with its own.
 - our own messages go to every subscriber connected (flood publishing, as go-libp2p does), since
   right after a connection there is no mesh yet.
 """
@@ -123,8 +125,7 @@ class OneTopicPubsub(Pubsub):
         self._budgets = {peer: self._budgets[peer] for peer in self._budgets if peer in self.peers}
 
     async def handle_peer_queue(self) -> None:
-        """Open a stream to each peer that we dial. A peer that dials us opens the first one: it
-        may have no gossip yet, and stock would try once, log an error and never try again."""
+        """Open a stream to each peer that we dial; a peer that dials us opens the first one."""
         async with self.peer_receive_channel:
             self.event_handle_peer_queue_started.set()
             async for peer_id in self.peer_receive_channel:
@@ -135,12 +136,13 @@ class OneTopicPubsub(Pubsub):
     async def continuously_read_stream(self, stream: INetStream) -> None:
         """Handle what one peer sends until its stream ends; drop the stream if it is garbage."""
         peer_id = stream.muxed_conn.peer_id
-        self.manager.run_task(self.ensure_peer_stream, peer_id)
+        await self.wait_until_ready()
         try:
+            if self.manager.is_running:
+                self.manager.run_task(self.ensure_peer_stream, peer_id)
             while self.manager.is_running:
-                rpc = rpc_pb2.RPC()
-                rpc.ParseFromString(await read_varint_prefixed_bytes_limited(stream, MAX_RPC_BYTES))
-                await self._handle_rpc(peer_id, rpc)
+                raw = await read_varint_prefixed_bytes_limited(stream, MAX_RPC_BYTES)
+                await self._handle_rpc(peer_id, rpc_pb2.RPC.FromString(raw))
         except DecodeError:
             self.refused["rpc"] += 1
         except BaseLibp2pError:
@@ -163,6 +165,7 @@ class OneTopicPubsub(Pubsub):
             self.handle_subscription(peer_id, subscription)
         for message in rpc.publish:
             await self.push_msg(peer_id, message)
+            await trio.lowlevel.checkpoint()  # others have their turn during a flood
         if rpc.HasField("control"):
             control = tame(rpc.control, self._topic)
             await self.router.handle_rpc(rpc_pb2.RPC(control=control), peer_id)

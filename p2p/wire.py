@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-UNSENT_LIMIT_BYTES = 32 * 1024
+UNSENT_LIMIT_BYTES = 16 * 1024
 LISTEN_BACKLOG = 1024
 # Fall back to Linux' number where Python does not name the option.
 TCP_NOTSENT_LOWAT: int = getattr(socket, "TCP_NOTSENT_LOWAT", 25)

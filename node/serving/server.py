@@ -6,7 +6,7 @@ import trio
 
 from petalnode.errors import PeerError, PeerMisbehaved
 from petalnode.p2p.frames import Frame, FrameStream
-from petalnode.protocol import BadMessage, Open, refusal_wire, session_id
+from petalnode.protocol import BadMessage, Open, max_payload_bytes, refusal_wire, session_id
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.hop_session import Connect, HopSession, Refusal
@@ -47,6 +47,7 @@ class HopServer:
         Raises ``PeerMisbehaved`` on a broken protocol and ``PeerGone`` when the stream breaks;
         the host resets the stream then, and that stream alone.
         """
+        stream.max_payload = max_payload_bytes(self._engine.span.config.hidden_size)
         with trio.fail_after(HELLO_DEADLINE_S):
             first = await stream.receive()
         if first is None:

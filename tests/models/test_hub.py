@@ -1,4 +1,4 @@
-"""Loading through the real huggingface_hub client from a small server of its protocol on loopback."""
+"""Loading through the real huggingface_hub client, from a small server of its protocol."""
 
 import hashlib
 import json

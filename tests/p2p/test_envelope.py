@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from petalnode.p2p.envelope import _DOMAIN, MAX_RECORD_BYTES, seal, unseal
@@ -74,6 +74,7 @@ def test_bombs_and_garbage_are_malformed(body: bytes) -> None:
     assert reason(signed(ALICE, body)) == "malformed"
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(garbage=st.binary(max_size=200))
 def test_only_one_error_for_any_garbage(garbage: bytes) -> None:
     with contextlib.suppress(InvalidAnnouncement):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from petalnode.errors import UsageError
@@ -45,6 +45,7 @@ def test_new_identities_differ_and_seeds_repeat() -> None:
     assert new_identity(b"s" * 32).peer_id == new_identity(b"s" * 32).peer_id
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(peer_id=st.text(max_size=80), signature=st.binary(max_size=70))
 def test_garbage_is_false_and_never_an_error(peer_id: str, signature: bytes) -> None:
     assert not verify(peer_id, b"hello", signature)

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from petalnode.errors import InviteError
@@ -105,6 +105,7 @@ def test_an_invite_that_could_not_be_parsed_is_not_made() -> None:
         replace(INVITE, addrs=())
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(garbage=st.binary(max_size=60))
 def test_only_one_error_for_any_garbage(garbage: bytes) -> None:
     text = base64.urlsafe_b64encode(garbage + _checksum(garbage)).decode()

@@ -114,7 +114,9 @@ async def test_a_flood_is_cut_before_it_is_paid_for() -> None:
     async with attacked() as (member, stream):
         flood = [message(member, n) for n in range(count)]
         await stream.write(packed(rpc_pb2.RPC(publish=flood)))
-        await still_works(member)
+        await still_works(member)  # beside it
+        await stream.close()
+        await ended(stream)
         refused = member.gossip.refused
         assert refused["rate"] >= 800
         assert refused["rate"] + refused["signature"] == count

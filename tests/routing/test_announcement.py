@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from petalnode.routing.announcement import (
@@ -101,6 +101,7 @@ anything = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes=st.dictionaries(st.sampled_from(sorted(record().to_dict())), anything))
 def test_only_one_error_for_any_garbage(changes: dict[str, Any]) -> None:
     with contextlib.suppress(InvalidAnnouncement):

@@ -1,7 +1,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from petalnode.errors import NoRoute
@@ -98,7 +98,7 @@ spans = st.tuples(st.integers(0, NUM_BLOCKS), st.integers(0, NUM_BLOCKS)).filter
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), taken=st.lists(spans, max_size=5))
 def test_equal_to_trying_every_chain(data: st.DataObject, taken: list[tuple[int, int]]) -> None:
     swarm = [record(f"p{i}", *span) for i, span in enumerate(taken)]

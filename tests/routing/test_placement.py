@@ -1,6 +1,6 @@
 import itertools
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from petalnode.routing.placement import block_throughput, choose_window
@@ -50,6 +50,7 @@ def test_the_order_of_records_does_not_matter() -> None:
     assert len(sums) == 1
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     spans=st.lists(st.tuples(st.integers(0, 7), st.integers(1, 8)), max_size=6),
     size=st.integers(1, 10),
