@@ -264,12 +264,12 @@ parameters that continues Python source: enough to see a swarm work without a do
 coding assistant. `examples/train_demo_model.py` made it.
 
 - **Data:** the source of the Python {platform.python_version()} standard library without tests
-  and data tables, under the PSF licence (PSF-2.0): {corpus.train_bytes / 1e6:.1f} MB or
+  and data tables, under the PSF licence (PSF-2.0): {corpus.train_bytes / 1e6:.1f} MB,
   {len(corpus.tokens) / 1e6:.2f} million tokens. The model may repeat passages of it.
-- **Training:** {training.step * BATCH * CONTEXT / 1e6:.1f} million tokens in windows of {CONTEXT};
+- **Training:** {training.step * BATCH * CONTEXT / 1e6:.1f} million tokens in windows of {CONTEXT},
   {training.elapsed / 60:.0f} minutes on {training.args.threads} CPU thread(s).
-- **Validation:** {nats:.3f} nats per token, {bits:.3f} bits per byte, on held-out files of the
-  same library ({corpus.validation_bytes / 1e3:.0f} kB), with the bfloat16 weights.
+- **Validation:** {nats:.3f} nats per token, {bits:.3f} bits per byte, on held-out files of the same
+  library ({corpus.validation_bytes / 1e3:.0f} kB), with the bfloat16 weights.
 """
     (training.args.out / "README.md").write_text(card, encoding="utf-8")
 

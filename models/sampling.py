@@ -68,15 +68,17 @@ class Sampler:
         best = int(scores.argmax())
         if not math.isfinite(float(scores[best])):  # NaN counts as the largest
             raise ModelError("The model's output is not a number.", "Try --dtype float32.")
-        return best if self.config.temperature == 0.0 else self._draw(scores)
+        if self.config.temperature == 0.0:
+            return best
+        return pick(scores, float(torch.rand((), generator=self._generator, dtype=torch.float64)))
 
-    def _draw(self, scores: Tensor) -> int:
-        """Draw from softmax(scores) by inverting its cumulative sum at one uniform number."""
-        cumulative = torch.softmax(scores.double(), -1).cumsum(-1)
-        uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
-        at = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-        last = int(torch.searchsorted(cumulative, cumulative[-1]))  # no id behind has any weight
-        return min(at, last)
+
+def pick(scores: Tensor, uniform: float) -> int:
+    """Draw from softmax(scores): invert its cumulative sum at a number in [0, 1]."""
+    cumulative = torch.softmax(scores.double(), -1).cumsum(-1)
+    at = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    last = int(torch.searchsorted(cumulative, cumulative[-1]))  # no id behind has any weight
+    return min(at, last)
 
 
 def warp(logits: Tensor, previous_ids: Sequence[int], config: SamplingConfig) -> Tensor:

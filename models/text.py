@@ -50,7 +50,7 @@ class TextStream:
         if text.endswith(REPLACEMENT):
             return ""
         piece = self._release(text)
-        self._shorten(text)
+        self._shorten()
         return piece
 
     def finish(self) -> str:
@@ -77,13 +77,17 @@ class TextStream:
         piece, self._held = self._held[:cut], self._held[cut:]
         return piece
 
-    def _shorten(self, text: str) -> None:
-        """Drop old ids from the window when what stays still decodes to the end of its text."""
+    def _shorten(self) -> None:
+        """Drop old, decided ids from the window.
+
+        What stays must have text of its own: decoders drop the space before the first word, and
+        that must not be a word that is still to come.
+        """
         if len(self._window) < WINDOW_TOKENS:
             return
         rest = self._window[-OVERLAP_TOKENS:]
         kept = self._tokenizer.decode(rest)
-        if kept.strip() and text.endswith(kept):
+        if kept:
             self._window, self._decided = rest, len(kept)
 
 

@@ -173,7 +173,10 @@ def test_fingerprint_follows_content_not_place(copy: Path, tiny_checkpoint: Make
     changed = open_checkpoint(str(copy)).fingerprint
     assert changed != original
     edit_weights(copy, lambda w: w["model.norm.weight"].add_(1e-3))
-    assert open_checkpoint(str(copy)).fingerprint not in (original, changed)
+    rewritten = open_checkpoint(str(copy)).fingerprint
+    assert rewritten not in (original, changed)
+    edit_weights(copy, lambda w: w["model.norm.weight"].add_(1e-3))  # the size stays the same
+    assert open_checkpoint(str(copy)).fingerprint not in (original, changed, rewritten)
 
 
 def test_fingerprint_is_remembered(
@@ -253,6 +256,7 @@ def test_absurd_headers(copy: Path, header: bytes) -> None:
         {"shape": [-1, -64]},
         {"shape": [1 << 60, 1 << 60]},
         {"shape": [1] * 9},
+        {"shape": [32]},
         {"data_offsets": [0]},
         {"data_offsets": [0, 1 << 62]},
     ],
@@ -264,7 +268,7 @@ def test_headers_that_lie(copy: Path, change: dict[str, Any]) -> None:
     header["model.norm.weight"] |= change
     raw = json.dumps(header).encode()
     (copy / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + size :])
-    assert "model.norm.weight" in error(copy)
+    assert "describes the tensor 'model.norm.weight' wrongly" in error(copy)
 
 
 def test_git_lfs_pointer(copy: Path) -> None:
@@ -309,6 +313,15 @@ def test_index_without_its_shard(tiny_checkpoint: MakeCheckpoint, tmp_path: Path
     first = min(path.glob("*.safetensors"))
     first.unlink()
     assert f"has no {first.name}" in error(path)
+
+
+def test_index_that_names_the_wrong_shard(tiny_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint(max_shard_size="60KB"), path)
+    where = json.loads((path / INDEX).read_text())["weight_map"]
+    other = next(shard for shard in where.values() if shard != where[EMBED])
+    edit_json(path / INDEX, lambda index: index["weight_map"].update({EMBED: other}))
+    assert f"{other} lacks the tensor '{EMBED}'" in error(path)
 
 
 def test_errors_come_without_torch(tmp_path: Path) -> None:

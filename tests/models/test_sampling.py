@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalnode.errors import ModelError, UsageError
-from petalnode.models.sampling import Sampler, SamplingConfig, warp
+from petalnode.models.sampling import Sampler, SamplingConfig, pick, warp
 
 
 def reference(logits: torch.Tensor, previous: list[int], config: SamplingConfig) -> torch.Tensor:
@@ -100,6 +100,17 @@ def test_what_is_cut_is_never_drawn() -> None:
     logits = torch.tensor([0.0, 5.0, -torch.inf, 4.9, 0.1, -torch.inf])
     sampler = Sampler(SamplingConfig(temperature=100.0, top_k=3, seed=0))
     assert {sampler.sample(logits, []) for _ in range(300)} == {1, 3, 4}
+
+
+def test_the_ends_of_the_cumulative_sum() -> None:
+    """Ids without any weight are not drawn by 0 or by what rounding makes 1."""
+    scores = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    assert [pick(scores, u) for u in (0.0, 0.49, 0.51, 1.0)] == [1, 1, 3, 3]
+
+
+def test_a_tiny_top_p_keeps_the_best() -> None:
+    sampler = Sampler(SamplingConfig(temperature=1.0, top_p=1e-9, seed=0))
+    assert sampler.sample(torch.tensor([1.0, 3.0, 2.0]), []) == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -151,6 +151,16 @@ def test_long_texts_stay_exact_and_cheap(all_kinds: dict[str, Tokenizer]) -> Non
         assert longest <= 2 * WINDOW_TOKENS
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_silence_keeps_the_next_space(all_kinds: dict[str, Tokenizer], kind: str) -> None:
+    """Ids without text fill the window; the space of the word behind them must stay."""
+    tokenizer = all_kinds[kind]
+    word = tokenizer.encode("a a", add_special=False)
+    ids = word + [1] * (WINDOW_TOKENS + 10) + word
+    assert tokenizer.decode([1]) == ""
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize("stops", [("",), ("a",) * 65])
 def test_stops_that_make_no_sense(all_kinds: dict[str, Tokenizer], stops: tuple[str, ...]) -> None:
     with pytest.raises(UsageError):

@@ -59,7 +59,7 @@ async def assert_echoes(stream: FrameStream, word: str = "hello") -> None:
 async def until(condition: object, timeout: float = 5.0) -> None:
     assert callable(condition)
     with trio.fail_after(timeout):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is awaited gives no sign
             await trio.sleep(0.005)
 
 
