@@ -9,7 +9,7 @@ import trio
 
 from petalnode import GenerateOptions, NodeOptions, SamplingConfig, open_node
 
-PROMPT = "class Stack:\n    def __init__(self):\n"
+PROMPT = "def read_file(path):\n    "
 
 
 async def main() -> str:

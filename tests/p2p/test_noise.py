@@ -1,6 +1,8 @@
 """Only Noise is spoken, and only what the peer sealed is accepted."""
 
+import gc
 import logging
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -49,6 +51,9 @@ async def open_stock_host(kind: str) -> AsyncIterator[Any]:
     host = new_host(create_new_key_pair(seed), sec_opt=security_options(kind, seed))
     async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
         yield host
+    with warnings.catch_warnings():  # stock leaves the sockets of failed dials to the collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.mark.parametrize("kind", INSECURE)
