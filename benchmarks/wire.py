@@ -66,8 +66,9 @@ class RawStream:
 
     async def take(self, n: int) -> None:
         """As cheap as it gets: nothing is put together."""
-        n -= len(self._buffer)
-        self._buffer.clear()
+        held = min(n, len(self._buffer))
+        del self._buffer[:held]
+        n -= held
         while n > 0:
             n -= len(await self._stream.receive_some(min(n, READ_BYTES)))
 
@@ -90,8 +91,9 @@ class StockStream:
         return taken
 
     async def take(self, n: int) -> None:
-        n -= len(self._buffer)
-        self._buffer.clear()
+        held = min(n, len(self._buffer))
+        del self._buffer[:held]
+        n -= held
         while n > 0:
             n -= len(await self._stream.read(min(n, READ_BYTES)))
 

@@ -23,6 +23,9 @@ class Decoder(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
 
+    def is_silent(self, token: int) -> bool:
+        """Return whether an id has no text at all, wherever it is."""
+
     def is_byte(self, token: int) -> bool:
         """Return whether an id stands for one raw byte."""
 
@@ -41,7 +44,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take the next token id; return the text that became final, often "" or one word."""
-        if self.stopped:
+        if self.stopped or self._tokenizer.is_silent(token):
             return ""
         self._window.append(token)
         if self._tokenizer.is_byte(token):

@@ -25,6 +25,8 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self.eos_ids = config.eos_ids
         self.size = self._tokenizer.get_vocab_size()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token for token, entry in added.items() if entry.special)
         # Files without a post-processor leave the first token to whoever encodes.
         self._bos: tuple[int, ...] = ()
         if self._tokenizer.post_processor is None and options.get("add_bos_token") is True:
@@ -38,6 +40,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids without special tokens; broken UTF-8 becomes U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def is_silent(self, token: int) -> bool:
+        """Return whether `decode` leaves the id out: a special token, or one without a piece."""
+        return token in self._special or self._tokenizer.id_to_token(token) is None
 
     def is_byte(self, token: int) -> bool:
         """Return whether the id is a byte-fallback token: one raw byte, written `<0x0A>`."""

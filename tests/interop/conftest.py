@@ -1,4 +1,4 @@
-"""Talks with other libp2p implementations, which are downloaded: only ``make interop`` runs them."""
+"""Talks with other libp2p implementations, downloaded ones: only ``make interop`` runs them."""
 
 from pathlib import Path
 

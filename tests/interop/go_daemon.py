@@ -171,7 +171,7 @@ async def open_go_daemon() -> AsyncIterator[GoDaemon]:
             nursery.start_soon(_run, command)
             daemon = GoDaemon(control)
             with trio.fail_after(START_DEADLINE_S):
-                while not Path(control).exists():  # noqa: ASYNC110 - the daemon gives no sign
+                while not await trio.Path(control).exists():  # noqa: ASYNC110 - it gives no sign
                     await trio.sleep(0.05)
                 await daemon.identify()
             yield daemon

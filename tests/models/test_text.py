@@ -161,6 +161,13 @@ def test_a_long_silence_keeps_the_next_space(all_kinds: dict[str, Tokenizer], ki
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+def test_a_special_token_does_not_end_a_run_of_bytes(all_kinds: dict[str, Tokenizer]) -> None:
+    """The decoder judges the bytes around it as one run, here an invalid one."""
+    tokenizer = all_kinds["byte fallback"]
+    ids = [2 + 0x41, 1, 2 + 0xFF, 399, 2 + 0x42]
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids) == "\ufffd" * 3
+
+
 @pytest.mark.parametrize("stops", [("",), ("a",) * 65])
 def test_stops_that_make_no_sense(all_kinds: dict[str, Tokenizer], stops: tuple[str, ...]) -> None:
     with pytest.raises(UsageError):
