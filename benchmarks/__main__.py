@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.machine import describe
 from benchmarks.report import Result
-from benchmarks.sections import ALL
+from benchmarks.sections import ALL, QUICK
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     if not arguments.json:
         print("\n".join(f"- {line}" for line in head), end="\n\n", flush=True)
     results = []
-    for name in arguments.sections or ALL:
+    for name in arguments.sections or (QUICK if arguments.quick else ALL):
         results.append(timed(name, arguments.quick))
         result = results[-1]
         text = json.dumps(result.to_json()) if arguments.json else result.markdown()
@@ -43,7 +43,9 @@ def parse() -> argparse.Namespace:
         prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(ALL))
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under two minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds and sections, two minutes"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a section")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as Markdown")
     arguments = parser.parse_args()

@@ -15,7 +15,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ from benchmarks.far import use_announced_only
 from petalnode.events import Event, Route
 from petalnode.node import NodeOptions, open_node
 
-LOCAL = {"transformers": Transformers, "blocks": Blocks}
+LOCAL: dict[str, Callable[[Path], Engine]] = {"transformers": Transformers, "blocks": Blocks}
 
 
 @asynccontextmanager

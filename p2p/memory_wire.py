@@ -18,6 +18,7 @@ class MemoryWire:
         self.remote: tuple[str, int] | None = None
         self.frozen = False
         self.closed = False
+        self.hung_up = False
         self.capacity = capacity
         self.arrived = bytearray()
         self.other = self
@@ -26,7 +27,7 @@ class MemoryWire:
     def try_receive(self, buffer: memoryview) -> int:
         """See ``Wire``."""
         self._check()
-        if self.frozen or (not self.arrived and not self.other.closed):
+        if self.frozen or (not self.arrived and not self.other.hung_up):
             return WOULD_BLOCK
         taken = self.arrived[: len(buffer)]
         buffer[: len(taken)] = taken
@@ -37,7 +38,7 @@ class MemoryWire:
     def try_send(self, data: memoryview | bytes) -> int:
         """See ``Wire``."""
         self._check()
-        if self.other.closed:
+        if self.other.hung_up:
             raise BrokenPipeError(errno.EPIPE, "the other end is closed")
         room = 0 if self.frozen else self.capacity - len(self.other.arrived)
         sent = bytes(data[: max(0, room)])
@@ -48,7 +49,7 @@ class MemoryWire:
     async def readable(self) -> None:
         """See ``Wire``."""
         await trio.lowlevel.checkpoint()
-        while self.frozen or (not self.arrived and not self.other.closed):
+        while self.frozen or (not self.arrived and not self.other.hung_up):
             self._check()
             await self._lot.park()
         self._check()
@@ -56,14 +57,15 @@ class MemoryWire:
     async def writable(self) -> None:
         """See ``Wire``."""
         await trio.lowlevel.checkpoint()
-        while self.frozen or (len(self.other.arrived) >= self.capacity and not self.other.closed):
+        while self.frozen or (len(self.other.arrived) >= self.capacity and not self.other.hung_up):
             self._check()
             await self._lot.park()
         self._check()
 
     def close(self) -> None:
-        """See ``Wire``."""
+        """See ``Wire``. A frozen end's closing is not heard either."""
         self.closed = True
+        self.hung_up = not self.frozen
         self.wake()
         self.other.wake()
 

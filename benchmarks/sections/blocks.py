@@ -1,4 +1,7 @@
-"""The blocks alone: ``benchmarks/blocks.py``, one process, against transformers."""
+"""The blocks alone: ``benchmarks/blocks.py``, one process, against transformers.
+
+Only the tiny model: the other one takes minutes, and the section ``large`` has its figures.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from benchmarks.report import Result
 
 def run(quick: bool) -> Result:
     """Run it as a process of its own, and keep what it prints."""
-    only = ["--only", "tiny"] if quick else []
-    verb = [sys.executable, "benchmarks/blocks.py", "--quick", *only]
+    flags = ["--only", "tiny", *(["--quick"] if quick else [])]
+    verb = [sys.executable, "benchmarks/blocks.py", *flags]
     ran = subprocess.run(
         verb, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, check=True
     )

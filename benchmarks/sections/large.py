@@ -26,7 +26,7 @@ def run(quick: bool) -> Result:
         for worker in workers.values():
             worker.ask(do="ready")
         result = Result("Large model: 246M-parameter Llama (16 blocks of hidden 1024), float32")
-        for prefix in PREFIXES:
+        for prefix in PREFIXES[:1] if quick else PREFIXES:
             measure(workers, prefix, quick, result)
     return result
 
@@ -34,9 +34,9 @@ def run(quick: bool) -> Result:
 def measure(workers: dict[str, Child], prefix: int, quick: bool, result: Result) -> None:
     """Prefill and decode at one prefix, into the result."""
     prefill_rounds(workers, 1, 16)
-    prefills = prefill_rounds(workers, 1 if quick else 3, prefix)
+    prefills = prefill_rounds(workers, 1 if quick else 2, prefix)
     decode_rounds(workers, 1, 2)
-    steps = decode_rounds(workers, 2 if quick else 4, 8 if quick else 16)
+    steps = decode_rounds(workers, 2 if quick else 5, 8 if quick else 12)
     result.notes.append(f"Prefix {prefix}: {same_tokens(steps)}")
     result.tables.append(table(prefix, prefills, steps))
     for name in ("1 node", "2 nodes"):

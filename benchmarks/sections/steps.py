@@ -25,23 +25,23 @@ def run(quick: bool) -> Result:
         for spans in SPANS:
             swarm = stack.enter_context(open_swarm(model, spans))
             workers[nodes(spans)] = stack.enter_context(open_worker("swarm", model, swarm))
-        rtts = {name: worker.ask(do="ready")["rtts_ms"] for name, worker in workers.items()}
+        rtts = [ms for worker in workers.values() for ms in worker.ask(do="ready")["rtts_ms"]]
         prefill_rounds(workers, 1, PREFIX)
         decode_rounds(workers, 1, 20)  # warm up
-        taken = decode_rounds(workers, 4 if quick else 12, 60 if quick else 100)
-    return summary(taken, {name: min(known, default=0.0) for name, known in rtts.items()})
+        taken = decode_rounds(workers, 3 if quick else 12, 40 if quick else 100)
+    return summary(taken, min(rtts))
 
 
 def nodes(spans: tuple[str, ...]) -> str:
     return f"{len(spans)} node{'s' if len(spans) > 1 else ''}"
 
 
-def summary(taken: dict[str, Steps], rtts_ms: dict[str, float]) -> Result:
+def summary(taken: dict[str, Steps], rtt_ms: float) -> Result:
     compute = taken["blocks"].median
     rows = []
     for name, steps in taken.items():
         trips = int(name[0]) + 1 if name[0].isdigit() else 0
-        floor = compute + trips * rtts_ms[name] / 2
+        floor = compute + trips * rtt_ms / 2
         over = figure(steps.median - floor) if trips else ""
         shown = [figure(ms) for ms in (steps.median, steps.least)]
         rows.append([label(name), *shown, figure(1e3 / steps.median), over])
@@ -53,7 +53,7 @@ def summary(taken: dict[str, Steps], rtts_ms: dict[str, float]) -> Result:
         targets=[Target("one more hop, (3 nodes − 1 node) / 2", hop, HOP_LIMIT_MS, " ms")],
         notes=[
             "The floor: the blocks' compute in one process, and S+1 one-way trips of half a ping "
-            f"({figure(rtts_ms['3 nodes'])} ms round trip). {same_tokens(taken)}"
+            f"({figure(rtt_ms)} ms round trip). {same_tokens(taken)}"
         ],
         values={name: steps.median for name, steps in taken.items()} | {"hop_ms": hop},
     )
