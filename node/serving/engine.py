@@ -21,7 +21,7 @@ import trio
 from petalnode.compute import ComputeThread
 from petalnode.errors import LocalProtocolError
 from petalnode.models.span import RowSlice, Span
-from petalnode.serving.scheduler import Share, plan_turn
+from petalnode.serving.scheduler import Share, is_decode, plan_turn
 
 if TYPE_CHECKING:
     from petalnode.models.kv_cache import RowCache
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DECODING_S = 0.5
-"""For this long after a decode turn, prefill goes on in small chunks."""
+"""A session that decoded so long ago is expected back with its next token."""
+GATHER_SHARE = 0.5
+"""Of the last turn's duration: how long a turn may wait for half of the decoding sessions."""
+MAX_GATHER_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ class SpanEngine:
         self._compute = compute
         self._queue: deque[Work] = deque()
         self._arrived = trio.Event()
-        self._decoded_at = -DECODING_S
+        self._decoders: dict[int, float] = {}  # identity of a row's cache → when it last decoded
+        self._last_turn_s = 0.0
+        self._prefill_is_due = False
 
     @property
     def queue_depth(self) -> int:
@@ -130,15 +135,36 @@ class SpanEngine:
             if not self._queue:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
-            await self._turn()
+            await self._gather()
+            if self._queue:
+                started = trio.current_time()
+                await self._turn()
+                self._last_turn_s = trio.current_time() - started
+
+    async def _gather(self) -> None:
+        """Wait a moment until half of the sessions that decode are here: one turn for all.
+
+        A turn of a few rows costs little more than a turn of one. One or two sessions never wait.
+        """
+        now = trio.current_time()
+        self._decoders = {key: at for key, at in self._decoders.items() if now - at < DECODING_S}
+        if any(not is_decode(work) for work in self._queue):
+            return
+        with trio.move_on_after(min(MAX_GATHER_S, GATHER_SHARE * self._last_turn_s)):
+            while 2 * len(self._queue) < len(self._decoders):
+                self._arrived = trio.Event()
+                await self._arrived.wait()
 
     async def _turn(self) -> None:
         queue = list(self._queue)
         now = trio.current_time()
-        shares = plan_turn(queue, decoding=now - self._decoded_at < DECODING_S)
+        for work in filter(is_decode, queue):
+            self._decoders[id(work.rows[0].cache)] = now
+        shares = plan_turn(
+            queue, decoding=bool(self._decoders), prefill_is_due=self._prefill_is_due
+        )
+        self._prefill_is_due = len(shares) < len(queue)
         pieces = [take(queue[share.index], share) for share in shares]
-        if any(len(piece.work.rows) == piece.hidden.shape[0] for piece in pieces):
-            self._decoded_at = now
         try:
             outputs = await self._compute.run(lambda: compute_turn(self.span, pieces))
         except Exception as error:  # supervision point: bad luck of one turn, not of the node

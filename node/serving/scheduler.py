@@ -2,8 +2,9 @@
 
 Work is what one frame asks for: ``tokens`` tokens over some rows. Work of few tokens is *decode*
 (one token a row, or a few speculated ones) and is taken whole in the next turn. Everything longer
-is *prefill* and gets what is left of the turn's token budget, in order of arrival, so that a long
-prompt of one session holds up another session's next token by one short turn at most.
+is *prefill* and gets the turn's token budget, in order of arrival; while sessions decode, that
+budget is small and every other turn has none. So a long prompt of one session holds up another
+session's next token by one short turn at most.
 """
 
 from __future__ import annotations
@@ -42,20 +43,30 @@ class Share:
     tokens: int
 
 
-def plan_turn(queue: Sequence[Schedulable], *, decoding: bool = False) -> list[Share]:
+def is_decode(work: Schedulable) -> bool:
+    """Whether the work is small enough to go first."""
+    return work.longest <= DECODE_TOKENS
+
+
+def plan_turn(
+    queue: Sequence[Schedulable], *, decoding: bool = False, prefill_is_due: bool = True
+) -> list[Share]:
     """Which work gets how many tokens this turn. Empty only when the queue is.
 
     ``decoding`` says that some session decoded a moment ago and will be back with its next token.
+    While decode waits, prefill joins in only if it ``prefill_is_due``.
     """
     shares: list[Share] = []
     decode_left = MAX_DECODE_TOKENS
     for index, work in enumerate(queue):
-        if work.longest <= DECODE_TOKENS and work.left <= decode_left:
+        if is_decode(work) and work.left <= decode_left:
             shares.append(Share(index, work.left))
             decode_left -= work.left
+    if shares and not prefill_is_due:
+        return shares
     budget = TURN_TOKENS_BESIDE_DECODE if shares or decoding else TURN_TOKENS
     for index, work in enumerate(queue):
-        if work.longest > DECODE_TOKENS and budget > 0:
+        if not is_decode(work) and budget > 0:
             tokens = min(work.left, budget)
             shares.append(Share(index, tokens))
             budget -= tokens

@@ -39,6 +39,11 @@ def test_all_that_decodes_goes_first_and_together():
     ]
 
 
+def test_every_other_turn_is_decode_alone():
+    assert shares(prefill(1000), decode(), prefill_is_due=False) == [(1, 1)]
+    assert shares(prefill(1000), prefill_is_due=False) == [(0, TURN_TOKENS)]
+
+
 def test_prefill_alone_gets_a_long_turn():
     assert shares(prefill(1000)) == [(0, TURN_TOKENS)]
 
