@@ -1,9 +1,13 @@
 """Whole chains over memory streams: exactness, rollback, failures, and what is freed after."""
 
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 import trio
 
+import petalnode.demo
 from petalnode.errors import PeerGone, PeerMisbehaved, PeerRefused, PeerUnreachable, UsageError
 from petalnode.models.sampling import SamplingConfig
 from petalnode.p2p.memory import memory_frame_pair
@@ -18,14 +22,49 @@ TWO = [("a", 0, 2), ("b", 2, 4)]
 FOUR = [("a", 0, 1), ("b", 1, 2), ("c", 2, 3), ("d", 3, 4)]
 
 
-def reference_tokens(path, ids, new_tokens):
+DEMO = Path(petalnode.demo.__file__).parent
+ODD_SHAPES = {
+    "every head its own": {"num_key_value_heads": 4},
+    "one key head": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_dim unlike hidden/heads": {"head_dim": 26, "hidden_size": 60},
+    "scaled rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 50000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+
+
+@cache
+def load_reference(path):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def reference_tokens(path, ids, new_tokens):
+    return list(cached_reference_tokens(path, tuple(ids), new_tokens))
+
+
+@cache
+def cached_reference_tokens(path, ids, new_tokens):
+    model = load_reference(path)
     output = model.generate(
         torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
     )
     return output[0, len(ids) :].tolist()
+
+
+async def greedy_tokens(path, spans, ids, new_tokens):
+    async with open_memory_swarm(path, spans) as swarm, swarm.session(*spans) as session:
+        session.tokenizer.eos_ids = frozenset()
+        return await greedy(session, ids, new_tokens)
 
 
 async def greedy(session, ids, new_tokens):
@@ -46,8 +85,23 @@ def checkpoint(tiny_checkpoint):
 @pytest.mark.parametrize("length", [1, 7, 900])
 async def test_greedy_equals_transformers(checkpoint, spans, length):
     expected = reference_tokens(checkpoint, prompt(length), 200)
-    async with open_memory_swarm(checkpoint, spans) as swarm, swarm.session(*spans) as session:
-        assert await greedy(session, prompt(length), 200) == expected
+    assert await greedy_tokens(checkpoint, spans, prompt(length), 200) == expected
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+async def test_greedy_equals_transformers_in_odd_shapes(tiny_checkpoint, shape):
+    checkpoint = tiny_checkpoint(**ODD_SHAPES[shape])
+    expected = reference_tokens(checkpoint, prompt(7), 200)
+    assert await greedy_tokens(checkpoint, TWO, prompt(7), 200) == expected
+
+
+@pytest.mark.parametrize("hops", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 7, 900])
+async def test_greedy_equals_transformers_with_the_bundled_model(hops, length):
+    size = 8 // hops
+    spans = [(f"peer {i}", i * size, (i + 1) * size) for i in range(hops)]
+    expected = reference_tokens(DEMO, prompt(length), 200)
+    assert await greedy_tokens(DEMO, spans, prompt(length), 200) == expected
 
 
 async def test_hops_may_use_parts_of_their_spans(checkpoint):
