@@ -28,6 +28,7 @@ ANSWER_DEADLINE_S = 10.0
 MAX_SNAPSHOT_BYTES = 4 * 1024 * 1024
 BATCH_BYTES = 64 * 1024
 MAX_TEXT_CHARS = 256
+MIN_RECORD_BYTES = 128  # a signature alone has 64
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
@@ -72,6 +73,7 @@ async def ask(
     try:
         with trio.fail_after(ASK_DEADLINE_S):
             stream = await host.open_stream(peer_id, HELLO_PROTOCOL)
+            stream.max_payload = 0
             try:
                 return await _ask(stream, request)
             finally:
@@ -142,7 +144,7 @@ def _sightings(header: dict[str, Any], peer_id: str) -> Iterator[Sighting]:
     if not isinstance(records, list) or not isinstance(ages, list) or len(records) != len(ages):
         raise _misbehaved(peer_id, "sent something else than records")
     for raw, age_s in zip(records, ages, strict=True):
-        if not isinstance(raw, bytes) or len(raw) > MAX_RECORD_BYTES:
+        if not isinstance(raw, bytes) or not MIN_RECORD_BYTES <= len(raw) <= MAX_RECORD_BYTES:
             raise _misbehaved(peer_id, "sent a record that is none")
         if not isinstance(age_s, float) or not 0 <= age_s < math.inf:
             raise _misbehaved(peer_id, "sent a record of impossible age")
@@ -165,6 +167,7 @@ def hello_handler(
     """
 
     async def handle(stream: FrameStream) -> None:
+        stream.max_payload = 0
         try:
             with trio.fail_after(ANSWER_DEADLINE_S):
                 await _serve(stream, about, snapshot, absorb)

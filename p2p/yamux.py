@@ -1,8 +1,5 @@
 """yamux, the stream multiplexer of libp2p, for connections that carry latency and bulk together.
 
-    u8 version 0 | u8 type | u16 flags | u32 stream id | u32 length        all big-endian
-    type: 0 data, 1 window update, 2 ping, 3 go away     flags: 1 SYN, 2 ACK, 4 FIN, 8 RST
-
 Wire-compatible with every other yamux; what differs is inside. A write is sealed and sent from
 the writer's own task while the socket takes it; only what it does not take is left to one writer
 task. Frames are cut to fit one Noise message. Streams take turns, and messages of at most
@@ -12,7 +9,6 @@ measures the round trip and notices a peer that fell silent.
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -20,19 +16,27 @@ import trio
 
 from petalnode.errors import LocalProtocolError, PeerError, PeerGone, PeerMisbehaved
 from petalnode.p2p.noise import BATCH_BYTES, MAX_MESSAGE_BYTES, NoiseSession
+from petalnode.p2p.yamux_frames import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    HEADER,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    FrameReader,
+)
 from petalnode.p2p.yamux_stream import Outgoing, Parking, Stream
+from petalnode.p2p.yamux_turns import Turns
 
 YAMUX_PROTOCOL = "/yamux/1.0.0"
-HEADER = struct.Struct(">BBHII")
-DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
-SYN, ACK, FIN, RST = 1, 2, 4, 8
-
 MAX_STREAMS_EACH_WAY = 256
 # Windows grow beyond their first 256 KiB only while all of a connection's together stay below.
 GROWN_WINDOWS_BYTES = 64 * 1024 * 1024
 MAX_CONTROL_BYTES = 48 * 1024
 MIN_FRAME_BYTES = 1024
-BULK_TURN_BYTES = 256 * 1024
 YIELD_AFTER_BYTES = 256 * 1024
 YIELD_COST_BYTES = 4 * 1024
 PING_INTERVAL_S = 2.0
@@ -61,14 +65,11 @@ class Muxer:
         self._opened = self._accepted = 0
         self._granted = 0
         self._control = bytearray()
-        self._small: deque[Stream] = deque()
-        self._bulk: deque[Stream] = deque()
-        self._since_bulk = 0
+        self._turns = Turns()
         self._since_yield = 0
         self._writer = Parking()
         self._scope = trio.CancelScope()
-        self._header = bytearray()
-        self._body_left = 0
+        self._frames = FrameReader(self)
         self._body_stream: Stream | None = None
         self._body_ends = False
         self._last_heard = trio.current_time()
@@ -147,9 +148,7 @@ class Muxer:
 
     def schedule(self, stream: Stream) -> None:
         """Queue a stream for its turn if it has something to send and may."""
-        if not stream.is_queued and stream.may_send:
-            stream.is_queued = True
-            (self._small if stream.is_small else self._bulk).append(stream)
+        self._turns.add(stream)
 
     def flush(self) -> None:
         """Send one batch from here if the socket is free; the writer task does the rest."""
@@ -168,7 +167,7 @@ class Muxer:
         self._since_yield += size + YIELD_COST_BYTES
         if self._since_yield >= YIELD_AFTER_BYTES:
             self._since_yield = 0
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            await trio.lowlevel.checkpoint()
 
     def abandon(self, stream: Stream) -> None:
         """Tell the peer that a stream is dropped, and forget it."""
@@ -195,7 +194,7 @@ class Muxer:
 
     @property
     def _has_output(self) -> bool:
-        return bool(self._control or self._small or self._bulk)
+        return bool(self._control or self._turns)
 
     def _send_control(self, kind: int, flags: int, stream_id: int, value: int) -> None:
         self._control += HEADER.pack(0, kind, flags, stream_id, value)
@@ -217,27 +216,15 @@ class Muxer:
         if size:
             message[:size] = self._control
             self._control.clear()
-        while stream := self._next_stream():
-            stream.is_queued = False
-            if not stream.may_send:
-                continue
+        while stream := self._turns.take():
             head = stream.outgoing[0]
             room = len(message) - size - HEADER.size
             if room < min(head.remaining, MIN_FRAME_BYTES):
-                stream.is_queued = True
-                (self._small if stream.is_small else self._bulk).appendleft(stream)
+                self._turns.put_back(stream)
                 break
             size = self._emit(stream, head, message, size, room)
-            self.schedule(stream)
+            self._turns.add(stream)
         return size
-
-    def _next_stream(self) -> Stream | None:
-        if self._small and (self._since_bulk < BULK_TURN_BYTES or not self._bulk):
-            return self._small.popleft()
-        if self._bulk:
-            self._since_bulk = 0
-            return self._bulk.popleft()
-        return None
 
     def _emit(self, stream: Stream, head: Outgoing, message: memoryview, at: int, room: int) -> int:
         n = min(head.remaining, stream.credit, room)
@@ -246,7 +233,7 @@ class Muxer:
         if n:
             head.copy_to(message[start : start + n])
             stream.credit -= n
-            self._since_bulk += n
+            self._turns.sent(n)
         if not head.remaining:
             stream.outgoing.popleft()
             head.parking.wake()
@@ -268,14 +255,14 @@ class Muxer:
     # Receiving
 
     async def _read_loop(self) -> None:
-        self._feed(memoryview(self.session.take_early()))
+        self._frames.feed(memoryview(self.session.take_early()))
         while True:
             plain = self.session.try_receive()
             if plain is None:
                 await self.session.readable()
                 continue
             self._last_heard = trio.current_time()
-            self._feed(plain)
+            self._frames.feed(plain)
             if self._control:
                 self.flush()
             if self.session.may_have_more:
@@ -283,33 +270,21 @@ class Muxer:
             else:
                 await self.session.readable()
 
-    def _feed(self, data: memoryview) -> None:
-        at, end = 0, len(data)
-        while at < end:
-            if self._body_left:
-                n = min(self._body_left, end - at)
-                self._on_body(data[at : at + n], n)
-                at += n
-            elif self._header or end - at < HEADER.size:
-                n = min(HEADER.size - len(self._header), end - at)
-                self._header += data[at : at + n]
-                at += n
-                if len(self._header) == HEADER.size:
-                    header, self._header = self._header, bytearray()
-                    self._on_header(*HEADER.unpack(header))
-            else:
-                self._on_header(*HEADER.unpack_from(data, at))
-                at += HEADER.size
+    @property
+    def is_over(self) -> bool:
+        """See ``FrameSink``."""
+        return self.failure is not None
 
-    def _on_body(self, data: memoryview, n: int) -> None:
+    def on_body(self, data: memoryview, *, is_last: bool) -> None:
+        """See ``FrameSink``."""
         stream = self._body_stream
-        self._body_left -= n
         if stream is not None and stream.failure is None:
             stream.deliver(data)
-            if not self._body_left and self._body_ends:
+            if is_last and self._body_ends:
                 self._on_end(stream)
 
-    def _on_header(self, version: int, kind: int, flags: int, stream_id: int, value: int) -> None:
+    def on_header(self, version: int, kind: int, flags: int, stream_id: int, value: int) -> None:
+        """See ``FrameSink``."""
         if version != 0 or kind > GO_AWAY:
             raise self._misbehaved("does not speak yamux")
         if kind == PING:
@@ -322,15 +297,14 @@ class Muxer:
     def _on_stream_frame(self, kind: int, flags: int, stream_id: int, value: int) -> None:
         stream = self._accept(stream_id) if flags & SYN else self.streams.get(stream_id)
         if kind == DATA and value:
-            self._body_left, self._body_stream = value, stream
-            self._body_ends = bool(flags & FIN)
+            self._body_stream, self._body_ends = stream, bool(flags & FIN)
             if stream is not None:
                 stream.take_window(value)
         if stream is None:
             return
         if kind == WINDOW_UPDATE and value:
             stream.credit = min(stream.credit + value, _MAX_CREDIT)
-            self.schedule(stream)
+            self._turns.add(stream)
             self._writer.wake()
         if flags & RST:
             self._forget(stream)

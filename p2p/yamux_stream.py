@@ -104,6 +104,7 @@ class Stream:
         self.end_received = False
         self._muxer = muxer
         self._ending = False
+        self._dropped = False
         self._discarding = False
         self._buffer = bytearray()
         self._wanted: memoryview | None = None
@@ -149,10 +150,11 @@ class Stream:
     async def wait_for_data(self) -> bool:
         """True once there is something to read, False at a clean end. Raises PeerGone."""
         while not self._buffer:
+            # What ended cleanly stays a clean end, whatever became of the connection since.
+            if self.end_received and not self._dropped:
+                return False
             if self.failure is not None:
                 raise self._gone()
-            if self.end_received:
-                return False
             await self._reader.wait()
         return True
 
@@ -232,6 +234,7 @@ class Stream:
     def reset(self) -> None:
         """Drop the stream at once, both ways. Never raises."""
         if self.failure is None:
+            self._dropped = True
             self._muxer.abandon(self)
             self.fail(PeerGone("This stream was reset here.", peer_id=self.peer_id))
 
@@ -302,7 +305,7 @@ class Stream:
 
     def _on_consumed(self, n: int) -> None:
         self._consumed += n
-        if self._consumed * 2 < self._window or self.end_received:
+        if self._consumed * 2 < self._window or self.end_received or self.failure is not None:
             return
         now = trio.current_time()
         rtt = self._muxer.rtt_s

@@ -47,9 +47,10 @@ class HopServer:
         Raises ``PeerMisbehaved`` on a broken protocol and ``PeerGone`` when the stream breaks;
         the host resets the stream then, and that stream alone.
         """
-        stream.max_payload = max_payload_bytes(self._engine.span.config.hidden_size)
+        stream.max_payload = 0  # a stranger's first words reserve no memory here
         with trio.fail_after(HELLO_DEADLINE_S):
             first = await stream.receive()
+        stream.max_payload = max_payload_bytes(self._engine.span.config.hidden_size)
         if first is None:
             return
         try:

@@ -253,6 +253,7 @@ def test_absurd_headers(copy: Path, header: bytes) -> None:
     "change",
     [
         {"dtype": "F31"},
+        {"dtype": ["F32"]},
         {"shape": [-1, -64]},
         {"shape": [1 << 60, 1 << 60]},
         {"shape": [1] * 9},

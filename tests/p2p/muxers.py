@@ -9,7 +9,8 @@ import trio
 from petalnode.errors import PeerError
 from petalnode.p2p.memory_wire import CAPACITY_BYTES, MemoryWire, memory_wire_pair
 from petalnode.p2p.noise import NoiseSession, Scratch
-from petalnode.p2p.yamux import HEADER, Muxer
+from petalnode.p2p.yamux import Muxer
+from petalnode.p2p.yamux_frames import HEADER
 from petalnode.p2p.yamux_stream import Stream
 
 KEYS = (bytes(range(32)), bytes(range(32, 64)))

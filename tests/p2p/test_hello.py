@@ -1,7 +1,9 @@
+import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgpack
 import pytest
 import trio
 from trio.testing import MockClock
@@ -145,6 +147,7 @@ HONEST = {"network": "home", "model": "demo", "fingerprint": FINGERPRINT}
         [HONEST, {"records": ["text"], "ages": [1.0]}],
         [HONEST, {"records": [bytes(MAX_RECORD_BYTES + 1)], "ages": [1.0]}],
         [HONEST, {"records": [], "ages": []}],
+        [HONEST, {"records": [b""] * 20_000, "ages": [0.0] * 20_000}],
         [HONEST] + [{"records": [bytes(4000)] * 60, "ages": [0.0] * 60}] * 18,
     ],
 )
@@ -201,6 +204,18 @@ async def test_a_request_that_is_garbage_costs_its_stream_alone(
     await bob()(theirs)
     with pytest.raises(PeerGone):
         await ours.receive()
+
+
+async def test_a_stranger_reserves_no_memory() -> None:
+    """A header of a few bytes may not make us set 64 MiB aside for what it promises."""
+    raw, theirs = memory_byte_pair()
+    handle = hello_handler(About("home", "demo", FINGERPRINT), list, lambda _: 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(handle, FrameStream(theirs))
+        header = msgpack.packb({"network": None, "_t": [["float32", [1 << 24]]]})
+        await raw.write(struct.pack(">II", len(header), 1 << 26) + header)
+        with pytest.raises(PeerGone), trio.fail_after(1):
+            await raw.read_exactly(1)
 
 
 async def test_bytes_that_are_no_frame_cost_their_stream_alone() -> None:

@@ -8,7 +8,16 @@ import trio.testing
 
 from petalnode.errors import LocalProtocolError, PeerGone, PeerMisbehaved
 from petalnode.p2p import yamux, yamux_stream
-from petalnode.p2p.yamux import ACK, DATA, FIN, PING, RST, SYN, WINDOW_UPDATE
+from petalnode.p2p.yamux_frames import (
+    ACK,
+    DATA,
+    FIN,
+    HEADER,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+)
 from petalnode.p2p.yamux_stream import INITIAL_WINDOW_BYTES
 
 from .muxers import frame, open_against_script, open_muxers, stream_pair
@@ -103,6 +112,21 @@ async def test_a_cancelled_write_that_a_full_socket_holds_back_harms_nothing() -
         assert await others.read_exactly(8) == b"unharmed"
 
 
+async def test_a_writer_whose_socket_never_blocks_can_be_cancelled() -> None:
+    async with open_muxers() as (alice, bob):
+        mine, theirs = await stream_pair(alice, bob)
+        written = 0
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            while written < 1000:
+                written += 1
+                await mine.write(b"x")
+        assert written < 1000
+        assert len(await theirs.read_exactly(written)) == written
+        await mine.write(b"still whole")
+        assert await theirs.read_exactly(11) == b"still whole"
+
+
 async def test_a_cancelled_read_loses_nothing() -> None:
     async with open_muxers() as (alice, bob):
         mine, theirs = await stream_pair(alice, bob)
@@ -177,8 +201,8 @@ async def test_a_peer_that_pushes_past_the_window_is_cut_off() -> None:
     "garbage",
     [
         pytest.param(b"GET / HTTP/1.1\r\n\r\n", id="http"),
-        pytest.param(yamux.HEADER.pack(0, 9, 0, 1, 0), id="unknown type"),
-        pytest.param(yamux.HEADER.pack(1, DATA, 0, 1, 0), id="unknown version"),
+        pytest.param(HEADER.pack(0, 9, 0, 1, 0), id="unknown type"),
+        pytest.param(HEADER.pack(1, DATA, 0, 1, 0), id="unknown version"),
         pytest.param(frame(DATA, SYN, 2, 0), id="a number of ours"),
         pytest.param(frame(DATA, SYN, 0, 0), id="stream 0"),
         pytest.param(frame(DATA, SYN, 1, 0) * 2, id="opened twice"),
@@ -334,3 +358,75 @@ async def test_a_finished_stream_is_forgotten(autojump_clock: trio.testing.MockC
         assert not bob.muxer.streams
         with pytest.raises(PeerGone):
             await mine.write(b"x")
+
+
+async def test_a_complete_answer_is_complete_although_the_connection_ends_with_it() -> None:
+    async with open_muxers() as (alice, bob):
+        mine, theirs = await stream_pair(alice, bob)
+        await mine.write(b"answer")
+        await mine.close_write()
+        alice.muxer.close()
+        assert await theirs.read_exactly(6) == b"answer"
+        assert await theirs.read_start(1) is None
+        with pytest.raises(PeerGone):
+            await theirs.write(b"x")
+
+
+async def test_bulk_has_its_turn_beside_small_messages_that_fill_every_noise_message() -> None:
+    async with open_muxers(capacity=200_000) as (alice, bob):
+        bulk, bulk_there = await stream_pair(alice, bob)
+        chatty = [await stream_pair(alice, bob) for _ in range(8)]
+
+        async def chat(index: int) -> None:
+            while True:
+                await chatty[index][0].write(bytes(65_507))
+
+        async def listen(index: int) -> None:
+            while True:
+                await chatty[index][1].read_exactly(65_507)
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                for index in range(8):
+                    nursery.start_soon(chat, index)
+                    nursery.start_soon(listen, index)
+                nursery.start_soon(bulk.write, bytes(MIB))
+                assert len(await bulk_there.read_exactly(MIB)) == MIB
+                nursery.cancel_scope.cancel()
+
+
+async def test_reading_what_a_dead_stream_left_takes_nothing_from_the_others() -> None:
+    async with open_muxers() as (alice, bob):
+        mine, theirs = await stream_pair(alice, bob)
+        await mine.write(bytes(INITIAL_WINDOW_BYTES))
+        await trio.testing.wait_all_tasks_blocked()
+        bob.muxer._rtts.clear()
+        bob.muxer._rtts.append(10.0)
+        mine.reset()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(await theirs.read_exactly(INITIAL_WINDOW_BYTES)) == INITIAL_WINDOW_BYTES
+        assert bob.muxer._granted == 0
+
+
+async def test_nothing_behind_the_end_of_a_connection_is_taken() -> None:
+    async with open_against_script() as (script, bob):
+        script.seal(frame(PING, SYN, 0, 1) * 5000)
+        script.seal(frame(WINDOW_UPDATE, SYN, 1, 0))
+        script.push()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [type(reason) for reason in bob.ended] == [PeerMisbehaved]
+        assert not bob.opened_by_peer
+
+
+async def test_sealed_messages_may_arrive_in_any_pieces() -> None:
+    async with open_against_script() as (script, bob):
+        script.seal(frame(DATA, SYN, 1, 5, b"hello"))
+        script.seal(frame(DATA, FIN, 1, 6, b" there"))
+        sealed = bytes(script.scratch.out[: script._batched])
+        script._batched = 0
+        for byte in sealed:
+            assert script.wire.try_send(bytes([byte])) == 1
+            await trio.testing.wait_all_tasks_blocked()
+        assert bob.muxer.failure is None
+        (stream,) = bob.opened_by_peer
+        assert await stream.read_exactly(11) == b"hello there"
