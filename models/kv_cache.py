@@ -39,6 +39,11 @@ class RowCache:
         """Bytes of memory held now, capacity that is not used yet included."""
         return sum(memory.nbytes for memory, _, _ in self._blocks)
 
+    def capacity_after(self, length: int) -> int:
+        """Tokens of memory in a block once the row has held `length` tokens."""
+        capacity = self._blocks[0][1].shape[1]
+        return capacity if length <= capacity else max(length, MIN_TOKENS, capacity * 3 // 2)
+
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on. Costs nothing, keeps the memory."""
         if not 0 <= length <= self.length:

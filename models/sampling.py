@@ -14,6 +14,7 @@ from torch import Tensor
 
 from petalnode.errors import ModelError, UsageError
 
+MIN_TEMPERATURE = 1e-6  # below, dividing by it leaves the range of float32
 MAX_SEED = (1 << 63) - 1
 
 
@@ -31,9 +32,9 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
-            raise _bad("temperature", self.temperature, "0 or more")
-        if self.top_k < 0:
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise _bad("temperature", self.temperature, f"0 (greedy), or {MIN_TEMPERATURE} or more")
+        if type(self.top_k) is not int or self.top_k < 0:
             raise _bad("top-k", self.top_k, "0 (off) or more")
         if not 0.0 < self.top_p <= 1.0:
             raise _bad("top-p", self.top_p, "above 0 and at most 1")

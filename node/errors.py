@@ -24,7 +24,11 @@ why every package may import it although it lies in ``node/``.
 class PetalnodeError(Exception):
     """Base of the tree. ``cause`` and ``remedy`` are one plain sentence each."""
 
+    usual_remedy = ""
+    """What to do when whoever raises it knows nothing better."""
+
     def __init__(self, cause: str, remedy: str = "") -> None:
+        remedy = remedy or self.usual_remedy
         super().__init__(f"{cause} {remedy}".strip())
         self.cause = cause
         self.remedy = remedy
@@ -61,6 +65,8 @@ class NoRoute(PetalnodeError):
 class LocalProtocolError(PetalnodeError):
     """We broke our own protocol. No peer is to blame."""
 
+    usual_remedy = "This is a fault of petalnode: please report it with the log."
+
 
 class PeerError(PetalnodeError):
     """Something about the remote peer ``peer_id`` (base58, or "" while unknown)."""
@@ -73,17 +79,25 @@ class PeerError(PetalnodeError):
 class PeerUnreachable(PeerError):
     """None of the peer's addresses answered in time."""
 
+    usual_remedy = "Check that it is running, and that a firewall lets its port through."
+
 
 class PeerGone(PeerError):
     """The peer's connection or stream ended, or the peer fell silent past a deadline."""
+
+    usual_remedy = "Try again; `petalnode status` shows who answers."
 
 
 class PeerMisbehaved(PeerError):
     """The peer sent what the protocol forbids."""
 
+    usual_remedy = "It may run another version: try again without it."
+
 
 class PeerRefused(PeerError):
     """The peer said no, for the reason in ``code``. A refusal is not a failure."""
+
+    usual_remedy = "Try again later, or start another node for these blocks."
 
     def __init__(self, cause: str, remedy: str = "", peer_id: str = "", code: str = "") -> None:
         super().__init__(cause, remedy, peer_id)

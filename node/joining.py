@@ -85,14 +85,22 @@ async def contact_swarm(
     Raises ``SwarmMismatch`` if it belongs elsewhere, ``PeerUnreachable`` if nobody answers.
     """
     failures: list[PeerError] = []
-    for join in joins:
-        for addr in join.addrs if isinstance(join, Invite) else (join,):
-            try:
-                peer_id = await host.connect(addr)
-                return await ask(host, peer_id, network=network, fingerprint=fingerprint)
-            except PeerError as error:
-                failures.append(error)
+    for peer_id, addrs in contacts(joins).items():
+        host.learn(peer_id, addrs)
+        try:
+            return await ask(host, peer_id, network=network, fingerprint=fingerprint)
+        except PeerError as error:
+            failures.append(error)
     raise PeerUnreachable(
         f"No contact of the swarm answered. {failures[-1].cause if failures else ''}".strip(),
         "Check that a node is running there, and that a firewall lets its port through.",
     )
+
+
+def contacts(joins: Sequence[Invite | str]) -> dict[str, list[str]]:
+    """The peers that JOIN arguments name, in order, each with its addresses."""
+    found: dict[str, list[str]] = {}
+    for join in joins:
+        for addr in join.addrs if isinstance(join, Invite) else (join,):
+            found.setdefault(addr.rpartition("/p2p/")[2], []).append(addr)
+    return found

@@ -11,6 +11,7 @@ to the swarm, closes sessions, then gossip, then the host.
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import AsyncIterator
 from contextlib import (
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 import trio
 
 from petalnode.compute import ComputeThread
@@ -41,7 +43,13 @@ from petalnode.p2p.identity import Identity, acquire_identity, new_identity
 from petalnode.p2p.invite import Invite
 from petalnode.p2p.memory import memory_frame_pair
 from petalnode.protocol import HOP_PROTOCOL
-from petalnode.routing.announcement import MAX_ADDRS, Announcement, State
+from petalnode.routing.announcement import (
+    MAX_ADDRS,
+    MAX_KV_TOKENS,
+    MAX_NAME_BYTES,
+    Announcement,
+    State,
+)
 from petalnode.routing.chain import Hop
 from petalnode.routing.placement import choose_window
 from petalnode.serving.service import SpanService, Throughput, blocks_that_fit, load_service
@@ -77,6 +85,25 @@ class NodeOptions:
     name: str = ""
     identity: Path | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ``UsageError`` for what no node can do."""
+        if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
+            raise UsageError(f"{self.blocks} is not a range of blocks.", "Give start < end.")
+        if (self.num_blocks or 0) < 0 or not 1 <= (self.kv_tokens or 1) <= MAX_KV_TOKENS:
+            raise UsageError("A number of blocks or tokens is out of range.", "Check the options.")
+        if len(self.name.encode()) > MAX_NAME_BYTES or not self.name.isprintable():
+            raise UsageError(
+                f"The name is not printable text of at most {MAX_NAME_BYTES} bytes.",
+                "Choose a shorter, plainer one.",
+            )
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            raise UsageError(
+                f"The host {self.host!r} is not an IP address.",
+                "Use one of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them.",
+            ) from None
+
     @property
     def serves(self) -> bool:
         """Whether the node holds blocks."""
@@ -101,6 +128,7 @@ class Node:
         host: Host,
         swarm: Swarm,
         nursery: trio.Nursery,
+        device: torch.device,
         report: Report,
     ) -> None:
         self.checkpoint = checkpoint
@@ -111,7 +139,7 @@ class Node:
         self._nursery = nursery
         self._report = report
         self._compute = ComputeThread()
-        self._device = pick_device(options.device)
+        self._device = device
         self._dtype = pick_dtype(options.dtype, checkpoint.config.dtype, self._device)
         self._blocks: tuple[int, int] | None = None
         self._state: State = "joining"
@@ -180,7 +208,7 @@ class Node:
         refused: dict[str, PeerError] = {}
         while True:
             try:
-                hops = await self.swarm.find_chain(exclude=refused)
+                hops = self.swarm.find_chain(exclude=refused)
             except NoRoute:
                 if refused:  # there was a chain, but it said no: that is what to tell
                     raise next(reversed(refused.values())) from None
@@ -245,21 +273,8 @@ class Node:
     def _choose_blocks(self) -> tuple[int, int]:
         config = self.checkpoint.config
         if self.options.blocks is not None:
-            start, end = self.options.blocks
-            if end > config.num_blocks:
-                raise UsageError(
-                    f"Blocks {start}:{end} are out of range: {self.checkpoint.name} has "
-                    f"{config.num_blocks} blocks, 0 to {config.num_blocks - 1}.",
-                    f"Choose a range within 0:{config.num_blocks}.",
-                )
-            return start, end
+            return self.options.blocks
         size = self.options.num_blocks or blocks_that_fit(config, self._dtype, self._device)
-        if size > config.num_blocks:
-            raise UsageError(
-                f"{size} blocks were asked for, but {self.checkpoint.name} has "
-                f"{config.num_blocks}.",
-                f"Ask for at most {config.num_blocks}.",
-            )
         return choose_window(self.swarm.others(), config.num_blocks, size)
 
     async def _connect(self, peer_id: str, addrs: tuple[str, ...], protocol: str) -> FrameStream:
@@ -335,6 +350,8 @@ async def open_node(
     """
     options = options or NodeOptions()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    check_blocks(checkpoint, options)
+    device = pick_device(options.device)
     joins = parse_joins(options.join)
     network = known_network(joins, checkpoint)
     with plain_errors():
@@ -350,7 +367,7 @@ async def open_node(
                 report(listening(host, checkpoint, joined.network))
             swarm = await stack.enter_async_context(open_swarm(host, identity, checkpoint, joined))
             nursery = await stack.enter_async_context(trio.open_nursery())
-            node = Node(checkpoint, options, host, swarm, nursery, report)
+            node = Node(checkpoint, options, host, swarm, nursery, device, report)
             nursery.start_soon(swarm.keep_mesh)
             try:
                 if options.serves:
@@ -359,6 +376,17 @@ async def open_node(
             finally:
                 await node._say_goodbye()
                 nursery.cancel_scope.cancel()
+
+
+def check_blocks(checkpoint: Checkpoint, options: NodeOptions) -> None:
+    """Raise ``UsageError`` if the model has fewer blocks than were asked for."""
+    has = checkpoint.config.num_blocks
+    last = options.blocks[1] if options.blocks else options.num_blocks or 0
+    if last > has:
+        raise UsageError(
+            f"{checkpoint.name} has {has} blocks, 0 to {has - 1}; {last} is out of range.",
+            f"Choose blocks within 0:{has}.",
+        )
 
 
 def node_identity(options: NodeOptions) -> AbstractContextManager[Identity]:

@@ -26,7 +26,8 @@ HOP_PROTOCOL = "/petalnode/hop/1"
 
 SESSION_ID_BYTES = 16
 MAX_ROWS = 64
-MAX_STEP_TOKENS = 2048
+MAX_STEP_TOKENS = 256
+"""Tokens a frame: a hop sets memory aside for no more; hops work on different frames at once."""
 MAX_ADDRS = 16
 MAX_ITEM_BYTES = 4
 """Of one number of a hidden state: float32."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import trio
 
@@ -10,10 +11,11 @@ from petalnode.errors import NoRoute, PeerError
 from petalnode.events import PeerInfo, Swarm, Unused
 from petalnode.joining import contact_swarm
 from petalnode.p2p.envelope import unseal
+from petalnode.p2p.hello import Hello
 from petalnode.p2p.host import Host, open_host
 from petalnode.p2p.identity import new_identity
 from petalnode.p2p.invite import Invite
-from petalnode.routing.announcement import Announcement
+from petalnode.routing.announcement import Announcement, InvalidAnnouncement, check_clock
 from petalnode.routing.chain import choose_chain
 
 PROBE_DEADLINE_S = 3.0
@@ -26,10 +28,21 @@ async def survey_swarm(joins: Sequence[Invite | str], fingerprint: str | None) -
     """
     async with open_host(new_identity(), listen=()) as host:
         hello = await contact_swarm(host, joins, network=None, fingerprint=fingerprint)
-        records = [unseal(sighting.raw) for sighting in hello.records]
+        records = list(valid_records(hello, time.time()))
         rtts = await measure(host, records)
-    num_blocks = max((record.end for record in records), default=0)
-    return describe_swarm(hello.model, num_blocks, records, rtts)
+    return describe_swarm(hello.model, hello.blocks, records, rtts)
+
+
+def valid_records(hello: Hello, wall_now: float) -> Iterator[Announcement]:
+    """What a contact said about its swarm, as far as it is signed, fresh, and of that swarm."""
+    for sighting in hello.records:
+        try:
+            record = unseal(sighting.raw)
+            check_clock(record, wall_now)
+        except InvalidAnnouncement:
+            continue
+        if record.fingerprint == hello.fingerprint and record.end <= hello.blocks:
+            yield record
 
 
 async def measure(host: Host, records: Sequence[Announcement]) -> Mapping[str, float]:

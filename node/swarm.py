@@ -89,9 +89,8 @@ class Swarm:
         """Until the view changes."""
         await self._changed.wait()
 
-    async def find_chain(self, exclude: Collection[str] = ()) -> tuple[Hop, ...]:
+    def find_chain(self, exclude: Collection[str] = ()) -> tuple[Hop, ...]:
         """The best chain there is now, without the peers in ``exclude``. Raises ``NoRoute``."""
-        await self.probe()
         return choose_chain(self.live(), self._num_blocks, rtts=self.rtts(), exclude=exclude)
 
     def note_failure(self, error: PeerError) -> None:
@@ -156,6 +155,6 @@ async def open_swarm(
         view=SwarmView(num_blocks),
     ) as gossip:
         gossip.absorb(joined.records)
-        about = About(joined.network, public_name(checkpoint), checkpoint.fingerprint)
+        about = About(joined.network, public_name(checkpoint), checkpoint.fingerprint, num_blocks)
         host.serve(HELLO_PROTOCOL, hello_handler(about, gossip.snapshot, gossip.absorb))
         yield Swarm(joined.network, num_blocks, host, gossip)

@@ -52,6 +52,9 @@ class ByteStream(Protocol):
     async def close_write(self) -> None:
         """Say that no more will come."""
 
+    async def wait_broken(self) -> None:
+        """Until the stream is reset by either side, or its connection ends."""
+
     def reset(self) -> None:
         """Drop the stream at once, both ways. Never raises."""
 
@@ -106,6 +109,10 @@ class FrameStream:
     async def aclose(self) -> None:
         """End our direction cleanly."""
         await self._raw.close_write()
+
+    async def wait_broken(self) -> None:
+        """Until the stream is reset by either side. Tells it at once, whatever waits unread."""
+        await self._raw.wait_broken()
 
     def reset(self) -> None:
         """Drop the stream at once. Never raises."""

@@ -20,6 +20,7 @@ import trio
 from petalnode.errors import PeerError, PeerGone, PeerMisbehaved, SwarmMismatch
 from petalnode.p2p.envelope import MAX_RECORD_BYTES
 from petalnode.p2p.frames import FrameStream
+from petalnode.routing.announcement import MAX_BLOCKS
 from petalnode.routing.view import Sighting
 
 HELLO_PROTOCOL = "/petalnode/hello/1"
@@ -39,6 +40,7 @@ class About:
     network: str
     model: str
     fingerprint: str
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ async def _ask(stream: FrameStream, request: dict[str, Any]) -> Hello:
             raise _misbehaved(stream.peer_id, "sent records without end")
         records += batch
     await stream.aclose()
-    return Hello(about.network, about.model, about.fingerprint, tuple(records))
+    return Hello(about.network, about.model, about.fingerprint, about.blocks, tuple(records))
 
 
 async def _answer(stream: FrameStream) -> dict[str, Any]:
@@ -117,7 +119,11 @@ def _about(answer: dict[str, Any], peer_id: str) -> About:
     texts = [answer.get(name) for name in ("network", "model", "fingerprint")]
     if not all(_is_text(text) for text in texts) or not _FINGERPRINT.fullmatch(texts[2] or ""):
         raise _misbehaved(peer_id, "does not say which swarm it belongs to")
-    return About(*map(str, texts))
+    blocks = answer.get("blocks")
+    if type(blocks) is not int or not 1 <= blocks <= MAX_BLOCKS:
+        raise _misbehaved(peer_id, "does not say how many blocks its model has")
+    network, model, fingerprint = map(str, texts)
+    return About(network, model, fingerprint, blocks)
 
 
 def _is_text(value: object) -> bool:
@@ -188,7 +194,12 @@ async def _serve(
         return
     network, fingerprint, record = _request(frame.header, stream.peer_id)
     await stream.send(
-        {"network": about.network, "model": about.model, "fingerprint": about.fingerprint}
+        {
+            "network": about.network,
+            "model": about.model,
+            "fingerprint": about.fingerprint,
+            "blocks": about.blocks,
+        }
     )
     if network in (None, about.network) and fingerprint in (None, about.fingerprint):
         for batch in _batches(snapshot()):

@@ -21,7 +21,7 @@ from multiaddr.utils import get_thin_waist_addresses
 
 from petalnode.errors import PeerGone, PeerUnreachable
 from petalnode.p2p.frames import FrameStream
-from petalnode.p2p.identity import Identity
+from petalnode.p2p.identity import Identity, is_peer_id
 from petalnode.p2p.negotiate import propose
 from petalnode.p2p.swarm import Connection, Swarm, run_swarm
 from petalnode.p2p.translate import (
@@ -118,6 +118,8 @@ class Host:
         return FrameStream(stream)
 
     async def _connection(self, peer_id: str) -> Connection:
+        if not is_peer_id(peer_id):
+            raise PeerUnreachable("What was given is not the id of a peer.", "", peer_id)
         wanted = ID.from_string(peer_id)
         lock = self._dialling.setdefault(peer_id, trio.Lock())
         try:

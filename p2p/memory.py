@@ -81,6 +81,11 @@ class MemoryByteStream:
         self._out.wake()
         await trio.lowlevel.checkpoint()
 
+    async def wait_broken(self) -> None:
+        """See ``ByteStream``."""
+        while not self._in.broken:
+            await self._in.wait()
+
     def reset(self) -> None:
         """See ``ByteStream``."""
         for pipe in (self._in, self._out):

@@ -49,6 +49,7 @@ NEGOTIATION_DEADLINE_S = 10.0
 # Beyond this the oldest handshake makes room for the newest: silent dialers cannot lock us up.
 MAX_HANDSHAKES = 512
 MAX_CONNECTIONS = 2048
+MAX_CONNECTIONS_PER_PEER = 16
 ACCEPT_PAUSE_S = 0.1
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
@@ -168,6 +169,14 @@ class Swarm(Libp2pSwarm):
         self.connections.setdefault(connection.peer_id, []).append(connection)
         return connection
 
+    def _admit(self, muxer: Muxer) -> Connection | None:
+        """Add an inbound connection, unless that peer has its share of them already."""
+        held = self.connections.get(ID.from_string(muxer.peer_id), ())
+        if len(held) >= MAX_CONNECTIONS_PER_PEER:
+            muxer.close()
+            return None
+        return self._add(muxer)
+
     async def _serve_connection(self, connection: Connection) -> None:
         muxer = connection.muxer
         try:
@@ -234,7 +243,7 @@ class Swarm(Libp2pSwarm):
             self._handshakes[scope] = None
             try:
                 if len(self._by_muxer) < MAX_CONNECTIONS:
-                    return self._add(await self._upgrade(SocketWire(sock), False, None))
+                    return self._admit(await self._upgrade(SocketWire(sock), False, None))
             except Exception as error:  # noqa: BLE001 - supervision point, see the module
                 log.debug("an inbound handshake failed: %s", in_words(error))
             finally:

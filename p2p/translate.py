@@ -79,7 +79,7 @@ def cannot_listen(addr: str, port: int, error: OSError) -> ListenError:
     if error.errno == errno.EADDRINUSE:
         return ListenError(
             f"Port {port} ({addr}) is already in use.",
-            "Choose another with --listen, or port 0 for any free one.",
+            "Choose another with --port, or port 0 for any free one.",
         )
     return ListenError(
         f"Cannot listen on {addr}: {in_words(error)}.",

@@ -45,6 +45,7 @@ OVERSLEPT_S = 1.0
 LINGER_S = 4.0
 RTT_SAMPLES = 16
 MAX_PINGS = 64
+PONG_LIMIT_S = 30.0
 _MESSAGES_PER_BATCH = BATCH_BYTES // (2 + MAX_MESSAGE_BYTES)
 _MAX_CREDIT = 1 << 32
 
@@ -379,6 +380,9 @@ class Muxer:
                 )
             for stream in [s for s, until in self._lingering.items() if until <= now]:
                 stream.reset()
+            # A peer may lose a pong when it is busy; that must not count for ever.
+            for lost in [n for n, (sent, _) in self._pings.items() if now - sent > PONG_LIMIT_S]:
+                del self._pings[lost]
 
     async def _guard(self, loop: Callable[[], Awaitable[None]]) -> None:
         try:

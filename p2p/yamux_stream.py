@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+import numpy as np
 import trio
 
 from petalnode.errors import PeerError, PeerGone, PeerMisbehaved
@@ -114,6 +115,7 @@ class Stream:
         self._window_left = INITIAL_WINDOW_BYTES
         self._consumed = 0
         self._epoch = trio.current_time()
+        self._failed = trio.Event()
 
     @property
     def muxer(self) -> Muxer:
@@ -158,15 +160,16 @@ class Stream:
             await self._reader.wait()
         return True
 
-    async def _wait_for(self, n: int) -> bytearray:
+    async def _wait_for(self, n: int) -> memoryview:
         if self._wanted is not None:
             raise trio.BusyResourceError("another task is already reading this stream")
         held = len(self._buffer)
-        target = bytearray(n)
+        # Not zeroed: what is announced but never sent takes no memory.
+        target = np.empty(n, dtype=np.uint8).data
         target[:held] = self._buffer
         self._buffer.clear()
         self._on_consumed(held)
-        self._wanted, self._filled = memoryview(target), held
+        self._wanted, self._filled = target, held
         try:
             while self._filled < n:
                 if self.failure is not None or self.end_received:
@@ -182,6 +185,10 @@ class Stream:
     def _gone(self) -> PeerGone:
         cause = self.failure.cause if self.failure else f"Peer {self.peer_id} ended the stream."
         return PeerGone(cause, peer_id=self.peer_id)
+
+    async def wait_broken(self) -> None:
+        """Until the stream is reset by either side, or its connection ends."""
+        await self._failed.wait()
 
     # Writing
 
@@ -252,6 +259,7 @@ class Stream:
         """The stream is dead: wake whoever waits on it."""
         if self.failure is None:
             self.failure = reason
+            self._failed.set()
             self._reader.wake()
             for message in self.outgoing:
                 message.parking.wake()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from petalnode.errors import UsageError
@@ -22,8 +23,21 @@ EXAMPLES = {
 JOIN_HELP = "invite (pn1:…) or multiaddr ending in /p2p/<peer id>; repeats"
 
 
-def build_parser(environ: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
-    """The whole parser, with defaults from ``environ`` (``os.environ`` if not given)."""
+def parse_arguments(
+    argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
+) -> argparse.Namespace:
+    """The verb and its flags; defaults come from ``environ`` (``os.environ`` if not given)."""
+    argv = sys.argv[1:] if argv is None else argv
+    values = os.environ if environ is None else environ
+    arguments = build_parser(argv[0] if argv else "", values).parse_args(argv)
+    blocks, num_blocks = getattr(arguments, "blocks", None), getattr(arguments, "num_blocks", None)
+    if blocks is not None and num_blocks is not None:  # one is from the environment: it yields
+        setattr(arguments, "blocks" if "PETALNODE_BLOCKS" in values else "num_blocks", None)
+    return arguments
+
+
+def build_parser(verb: str, environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    """The whole parser; ``environ`` gives defaults to the flags of ``verb`` alone."""
     parser = argparse.ArgumentParser(
         prog="petalnode",
         description="Run language models far larger than your machine on a swarm of machines.",
@@ -34,9 +48,8 @@ def build_parser(environ: Mapping[str, str] | None = None) -> argparse.ArgumentP
     _generate(_verb(verbs, "generate", "stream a completion to stdout"))
     _status(_verb(verbs, "status", "who serves which blocks, health, coverage"))
     _demo(_verb(verbs, "demo", "a whole swarm on this machine with the bundled model"))
-    values = os.environ if environ is None else environ
-    for verb in verbs.choices.values():
-        _apply_environment(verb, values)
+    if verb in verbs.choices:
+        _apply_environment(verbs.choices[verb], environ)
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 import trio
 
-from petalnode.cli.arguments import build_parser
+from petalnode.cli.arguments import parse_arguments
 from petalnode.cli.generate import generate
 from petalnode.cli.output import note, print_human, reporter, short
 from petalnode.errors import PetalnodeError
@@ -37,6 +38,9 @@ Say = Callable[[str], None]
 
 def main(arguments: Namespace) -> int:
     """Run the demo; it ends by itself."""
+    for name in [name for name in os.environ if name.startswith("PETALNODE_")]:
+        del os.environ[name]  # they are meant for one node, not for all three of these
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the nodes on it, too
     trio.run(demo, arguments)
     return 0
 
@@ -50,8 +54,9 @@ async def demo(arguments: Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="petalnode-demo-") as folder:
         say(f"starting {len(SPANS)} nodes on this machine, each with a part of the model:")
         async with open_processes(Path(folder), say) as invite:
-            verb = ["generate", "demo", prompt, "--join", invite, *SAMPLING.split()]
-            wanted = build_parser().parse_args([*verb, "--max-new-tokens", NEW_TOKENS])
+            verb = ["generate", "--join", invite, *SAMPLING.split()]
+            verb += ["--max-new-tokens", NEW_TOKENS, "--", "demo", prompt]
+            wanted = parse_arguments(verb)
             say("asking them to go on from a prompt:")
             report = reporter(True) if arguments.json else after_route(prompt)
             await generate(checkpoint, wanted, report)

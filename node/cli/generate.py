@@ -13,11 +13,14 @@ from petalnode.events import Done, Report, TokenEvent
 from petalnode.joining import parse_joins
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 
+NOT_UTF8 = "The prompt is not UTF-8 text."
+
 
 def main(arguments: Namespace) -> int:
     """Check what can be checked before torch is loaded, then generate."""
     if arguments.prompt == "-":
-        arguments.prompt = sys.stdin.read()
+        arguments.prompt = read_stdin()
+    check_text(arguments.prompt)
     if not arguments.join:
         raise UsageError(
             "There is no swarm to ask: no --join was given.",
@@ -29,6 +32,24 @@ def main(arguments: Namespace) -> int:
     )
     trio.run(generate, checkpoint, arguments, reporter(arguments.json))
     return 0
+
+
+def read_stdin() -> str:
+    """All of stdin, as UTF-8. Raises ``UsageError``."""
+    if sys.stdin is None:
+        raise UsageError("There is no stdin to read the prompt from.", "Give it as PROMPT.")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise UsageError(NOT_UTF8, "Convert it first, for example with iconv.") from None
+
+
+def check_text(prompt: str) -> None:
+    """Raise ``UsageError`` for what the shell passed on although it is no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(NOT_UTF8, "Convert it first, for example with iconv.") from None
 
 
 async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from petalnode.cli.arguments import build_parser, refuse_unbuilt
+from petalnode.cli.arguments import parse_arguments, refuse_unbuilt
 from petalnode.errors import PetalnodeError
 from petalnode.nurseries import plain_errors
 
@@ -21,12 +21,12 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Each is a module of its own, imported only when asked for."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
-    verb = importlib.import_module(f"petalnode.cli.{arguments.verb}")
     try:
         with plain_errors():
             refuse_unbuilt(arguments)
+            verb = importlib.import_module(f"petalnode.cli.{arguments.verb}")
             return int(verb.main(arguments))
     except PetalnodeError as error:
         print(f"petalnode: {error.cause}", file=sys.stderr)
@@ -36,8 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return 1
+    except OSError as error:
+        drop_stdout()
+        print(f"petalnode: The system refused: {error.strerror or error}.", file=sys.stderr)
+        print("  Check the disk, the terminal and the limits of this process.", file=sys.stderr)
+        return 1
+
+
+def drop_stdout() -> None:
+    """What is still buffered goes nowhere, instead of failing again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

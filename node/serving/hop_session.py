@@ -80,6 +80,7 @@ class HopSession:
         self._one_step = trio.Lock()  # an old feed's last step ends before a new feed's first
         self._feed: FrameStream | None = None
         self._next: FrameStream | None = None
+        self._feed_scopes: set[trio.CancelScope] = set()
         self._outbox, self._to_send = trio.open_memory_channel[Outgoing](OUTBOX_FRAMES)
 
     async def serve(self) -> None:
@@ -88,6 +89,7 @@ class HopSession:
             with plain_errors():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._send_outputs)
+                    nursery.start_soon(self._watch_client, nursery.cancel_scope)
                     await self._read_control()
                     nursery.cancel_scope.cancel()
         finally:
@@ -99,8 +101,18 @@ class HopSession:
             self._feed.reset()
         self._feed = feed
         await feed.send({"type": "fed"})
-        while (frame := await feed.receive()) is not None:
-            await self._take(frame)
+        with trio.CancelScope() as scope:  # it ends with the session, whatever it waits for
+            self._feed_scopes.add(scope)
+            try:
+                while (frame := await feed.receive()) is not None:
+                    await self._take(frame)
+            finally:
+                self._feed_scopes.discard(scope)
+
+    async def _watch_client(self, scope: trio.CancelScope) -> None:
+        """The reader may be busy with a step for long; a client that left ends it at once."""
+        await self._control.wait_broken()
+        scope.cancel()
 
     async def _read_control(self) -> None:
         while (frame := await self._control.receive()) is not None:
@@ -154,7 +166,9 @@ class HopSession:
     def _reserve(self, step: Step) -> None:
         after = {row: cache.length for row, cache in self._rows.items()}
         after.update({s.row: s.position + s.n for s in step.segments})
-        wanted = sum(after.values()) * (self.opened.end - self.opened.start)
+        # What the memory takes: rolling back keeps it, and it grows in strides.
+        held = (self._rows[row].capacity_after(length) for row, length in after.items())
+        wanted = sum(held) * (self.opened.end - self.opened.start)
         if not self._budget.resize(self._held, wanted):
             raise Refusal("busy", f"room for {self._budget.tokens_free} more cached tokens only")
         self._held = wanted
@@ -195,13 +209,16 @@ class HopSession:
         try:
             await stream.send(outgoing.step.to_wire(), [outgoing.hidden])
         except PeerError as error:
-            self._next = None
+            if self._next is stream:
+                self._next = None
             await self._control.send(error_wire("next", str(error), stream.peer_id))
 
     def _drop(self) -> None:
         for stream in (self._control, self._feed, self._next):
             if stream is not None:
                 stream.reset()
+        for scope in list(self._feed_scopes):
+            scope.cancel()
         self._rows.clear()
         self._budget.resize(self._held, 0)
 

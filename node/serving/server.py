@@ -53,6 +53,7 @@ class HopServer:
         stream.max_payload = max_payload_bytes(self._engine.span.config.hidden_size)
         if first is None:
             return
+        stream.max_payload = max_payload_bytes(self._engine.span.config.hidden_size)
         try:
             await self._dispatch(stream, first)
         except BadMessage as bad:

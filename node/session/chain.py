@@ -21,6 +21,7 @@ from petalnode.nurseries import plain_errors
 from petalnode.p2p.frames import Frame, FrameStream
 from petalnode.protocol import (
     HOP_PROTOCOL,
+    MAX_STEP_TOKENS,
     MAX_TEXT,
     SESSION_ID_BYTES,
     BadMessage,
@@ -31,10 +32,10 @@ from petalnode.protocol import (
 )
 from petalnode.routing.chain import Hop
 
-CHUNK_TOKENS = 256
-"""Tokens a frame: hops work on different chunks of one prompt at the same time."""
 OPEN_DEADLINE_S = 15.0
 """For every hop to accept the session and reach the next."""
+OPEN_HOP_DEADLINE_S = 8.0
+"""For one hop to accept it; it alone is to blame otherwise."""
 STEP_DEADLINE_S = 120.0
 """For the chain to return one chunk, counted from the previous one."""
 
@@ -67,6 +68,7 @@ class Chain:
         self._linked = [trio.Event() for _ in self.hops]
         self._seq = 0
         self._failure: PeerError | None = None
+        self._outbox, self._to_send = trio.open_memory_channel[tuple[Step, torch.Tensor]](0)
 
     async def forward(self, segments: Sequence[Segment], hidden: torch.Tensor) -> torch.Tensor:
         """Run ``hidden`` [T, H] of ``segments``, in order, through all hops.
@@ -77,7 +79,7 @@ class Chain:
         sent: list[int] = []
         try:
             offset = 0
-            for chunk in chunks(segments, CHUNK_TOKENS):
+            for chunk in chunks(segments, MAX_STEP_TOKENS):
                 tokens = sum(segment.n for segment in chunk)
                 sent.append(await self._send(chunk, hidden[offset : offset + tokens]))
                 offset += tokens
@@ -92,12 +94,22 @@ class Chain:
         self._seq += 1
         step = Step(self._seq, tuple(chunk))
         self._awaited[step.seq] = _Awaited(sum(segment.want for segment in chunk))
-        with trio.move_on_after(STEP_DEADLINE_S) as scope:
-            await self._streams[0].send(step.to_wire(), [hidden])
-        if scope.cancelled_caught:
-            self._fail(silent(self.hops[0], STEP_DEADLINE_S))
-            self._raise_failure()
+        await self._outbox.send((step, hidden))
         return step.seq
+
+    async def _send_steps(self) -> None:
+        """Send what ``forward`` hands over. In a task of its own: half a frame would break the
+        stream, so a caller that is cancelled must not cut one off."""
+        async for step, hidden in self._to_send:
+            if self._failure is not None or step.seq not in self._awaited:
+                continue
+            with trio.move_on_after(STEP_DEADLINE_S) as scope:
+                try:
+                    await self._streams[0].send(step.to_wire(), [hidden])
+                except PeerError as error:
+                    self._fail(error)
+            if scope.cancelled_caught:
+                self._fail(silent(self.hops[0], STEP_DEADLINE_S))
 
     async def _await_output(self, seq: int) -> torch.Tensor:
         awaited = self._awaited[seq]
@@ -142,7 +154,8 @@ class Chain:
         elif kind == "linked":
             self._linked[index].set()
         elif kind == "error":
-            self._fail(reported(self.hops[index].peer_id, frame.header))
+            following = self.hops[index + 1].peer_id if index + 1 < len(self.hops) else None
+            self._fail(reported(self.hops[index].peer_id, following, frame.header))
         else:
             raise BadMessage("a message of unknown type")
 
@@ -167,9 +180,17 @@ class Chain:
             hop = self.hops[index]
             sender = self.hops[index - 1].peer_id if index else None
             opened = Open(session, fingerprint, hop.start, hop.end, self.rows, sender)
-            streams[index] = await opener.open_stream(hop.peer_id, HOP_PROTOCOL)
-            await streams[index].send(opened.to_wire())
-            check_opened(hop.peer_id, await streams[index].receive())
+            try:
+                with trio.fail_after(OPEN_HOP_DEADLINE_S):
+                    streams[index] = await opener.open_stream(hop.peer_id, HOP_PROTOCOL)
+                    await streams[index].send(opened.to_wire())
+                    check_opened(hop.peer_id, await streams[index].receive())
+            except trio.TooSlowError:
+                raise PeerGone(
+                    f"Peer {hop.peer_id} did not open a session in {OPEN_HOP_DEADLINE_S:.0f} s.",
+                    "Try again; `petalnode status` shows who answers.",
+                    hop.peer_id,
+                ) from None
 
         try:
             with plain_errors():
@@ -214,6 +235,7 @@ async def open_chain(
                     await chain._open(opener, fingerprint, addrs or {})
                     for index in range(len(chain.hops)):
                         nursery.start_soon(chain._read, index)
+                    nursery.start_soon(chain._send_steps)
                     await chain._wait_linked()
                 if deadline.cancelled_caught:
                     raise PeerGone(
@@ -260,10 +282,12 @@ def check_opened(peer_id: str, frame: Frame | None) -> None:
         raise misbehaved(peer_id, "it answered neither opened nor refused")
 
 
-def reported(peer_id: str, header: Mapping[str, Any]) -> PeerError:
+def reported(peer_id: str, following: str | None, header: Mapping[str, Any]) -> PeerError:
     """What a hop's error message means: who is to blame is not always who reports."""
     code, why, blamed = words(header, "code"), words(header, "why"), words(header, "peer")
     if code in ("next", "link"):
+        if blamed != following:
+            return misbehaved(peer_id, "it blames a peer that is not its next hop")
         return PeerGone(f"Peer {peer_id} lost its next hop {blamed}: {why}", peer_id=blamed)
     return PeerRefused(f"Peer {peer_id} cannot go on ({code}): {why}.", "", peer_id, code)
 

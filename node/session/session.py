@@ -65,6 +65,11 @@ class Session:
         """The model's context, in tokens."""
         return self._client.config.max_positions
 
+    @property
+    def missing(self) -> int:
+        """How many of the ids the hops do not have yet."""
+        return len(self.ids) - self.cached
+
     def rollback(self, position: int) -> None:
         """Forget all tokens from ``position`` on; the hops follow with the next step."""
         if not 0 <= position <= len(self.ids):
@@ -75,6 +80,8 @@ class Session:
     async def logits(self, ids: Sequence[int], *, last: int | None = None) -> torch.Tensor:
         """Append ``ids`` and return float32 logits [n, V] of the last ``last`` of them (or all)."""
         self.append(ids)
+        if not self.missing:
+            raise UsageError("There are no tokens to compute.", "Give at least one.")
         want = len(ids) if last is None else last
         hidden = await self._forward(await self._embed(), want)
         return await self._compute.run(partial(self._client.logits, hidden))
@@ -89,12 +96,18 @@ class Session:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special=not self.ids)
         self.append(prompt)
-        if self.cached == len(self.ids):
+        if not self.missing:
             raise UsageError("The prompt is empty.", "Give at least one token to go on from.")
         return Generation(self, options or GenerateOptions())
 
     def append(self, ids: Sequence[int]) -> None:
-        """Add tokens that the next step will feed. Raises ``UsageError`` past the context."""
+        """Add tokens that the next step will feed.
+
+        Raises ``UsageError`` past the context, or for ids that the model does not have.
+        """
+        vocab = self._client.config.vocab_size
+        if not all(0 <= token < vocab for token in ids):
+            raise UsageError("A token id is not the model's.", f"Ids go from 0 to {vocab - 1}.")
         total = len(self.ids) + len(ids)
         if total >= self.max_positions:
             raise UsageError(
@@ -150,9 +163,15 @@ class Generation:
         if self.finish_reason is not None:
             raise StopAsyncIteration
         session = self._session
-        if self._embedded is None:
-            self._embedded = await session._embed()
-        hidden = await session._forward(self._embedded, want=1)
+        if not session.ids:
+            raise UsageError("The session was rolled back to nothing.", "Start a new generation.")
+        # Kept only from one undisturbed step to the next: whoever cancels a step, or rolls back
+        # between two, is served from the ids. A step whose output was lost is fed again.
+        embedded, self._embedded = self._embedded, None
+        if embedded is None or session.ids[-1:] != self.tokens[-1:] or session.missing != 1:
+            session.cached = min(session.cached, len(session.ids) - 1)
+            embedded = await session._embed()
+        hidden = await session._forward(embedded, want=1)
         choose = partial(session._choose, self._sampler, hidden)
         token, self._embedded = await session._compute.run(choose)
         session.ids.append(token)

@@ -10,6 +10,7 @@ from threading import Timer
 
 import pytest
 import torch
+import trio
 
 PROMPT = "def main():\n"
 DEADLINE_S = 60
@@ -152,3 +153,61 @@ def test_a_prompt_longer_than_the_context_exits_with_1(swarm, environment):
     assert failed.returncode == 1
     assert "context is 2048" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_hop_killed_in_mid_text_is_one_clear_sentence(swarm, environment):
+    by_invite = ["--join", swarm["invite"]]
+    with serving(environment, "--blocks", "0:8", *by_invite) as whole:
+        peer_id = whole.wait_for("ready")["peer_id"]
+        client = subprocess.Popen(
+            command("generate", "demo", PROMPT, "--json", *by_invite, "--max-new-tokens", "1500"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        watchdog = Timer(DEADLINE_S, client.kill)
+        watchdog.start()
+        for line in client.stdout:
+            if json.loads(line)["event"] == "token":
+                whole.process.kill()
+                break
+        _, error = client.communicate()
+        watchdog.cancel()
+    assert client.returncode == 1
+    assert error.startswith("petalnode: ")
+    assert peer_id in error
+    assert len(error.splitlines()) == 2
+    assert "Traceback" not in error
+
+
+def test_the_demo_ends_by_itself(environment):
+    done = subprocess.run(
+        command("demo", "--json"),
+        capture_output=True,
+        env=environment | {"PETALNODE_PORT": "1"},
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [hop["blocks"] for hop in events[0]["hops"]] == [[0, 3], [3, 6], [6, 8]]
+    assert events[-1]["event"] == "done"
+    assert len(events[-1]["tokens"]) == len(events) - 2
+
+
+async def test_a_stopped_process_is_noticed(environment):
+    """SIGSTOP: the process stays, its connections too, but nothing comes any more."""
+    from petalnode.p2p.host import open_host
+    from petalnode.p2p.identity import new_identity
+
+    with serving(environment, "--blocks", "0:1") as node:
+        listening = node.wait_for("listening")
+        async with open_host(new_identity(), listen=()) as host:
+            lost = trio.Event()
+            host.on_disconnect(lambda peer_id: lost.set())
+            await host.connect(listening["addrs"][0])
+            node.process.send_signal(signal.SIGSTOP)
+            with trio.fail_after(10):
+                await lost.wait()
+            assert host.connected_peers() == []

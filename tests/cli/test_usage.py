@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from petalnode.cli.arguments import EXAMPLES, build_parser
+from petalnode.cli.arguments import EXAMPLES, parse_arguments
 from petalnode.cli.main import main
 
 
@@ -50,15 +50,50 @@ def test_import_and_help_load_neither_torch_nor_libp2p():
 
 def test_environment_mirrors_flags_and_the_command_line_wins():
     environ = {"PETALNODE_JOIN": "one two", "PETALNODE_PORT": "4001", "PETALNODE_JSON": "1"}
-    parsed = build_parser(environ).parse_args(["run", "demo", "--port", "5"])
+    parsed = parse_arguments(["run", "demo", "--port", "5"], environ)
     assert (parsed.join, parsed.port, parsed.json) == (["one", "two"], 5, True)
 
 
 def test_bad_environment_is_wrong_usage(capsys):
     with pytest.raises(SystemExit) as caught:
-        build_parser({"PETALNODE_PORT": "many"})
+        parse_arguments(["run", "demo"], {"PETALNODE_PORT": "many"})
     assert caught.value.code == 2
     assert "PETALNODE_PORT" in capsys.readouterr().err
+
+
+def test_the_environment_of_other_verbs_does_no_harm():
+    parsed = parse_arguments(["run", "demo"], {"PETALNODE_SEED": "x"})
+    assert parsed.verb == "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("PETALNODE_BLOCKS", ["--num-blocks", "2"]), ("PETALNODE_NUM_BLOCKS", ["--blocks", "0:4"])],
+)
+def test_the_command_line_wins_over_the_other_way_to_choose_a_span(name, flag):
+    environ = {name: "0:4" if name == "PETALNODE_BLOCKS" else "2"}
+    parsed = parse_arguments(["run", "demo", *flag], environ)
+    assert (parsed.blocks, parsed.num_blocks) in ((None, 2), ((0, 4), None))
+    assert (parsed.blocks is None) == (flag[0] == "--num-blocks")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--host", "localhost"],
+        ["--name", "x" * 65],
+        ["--kv-tokens", str(1 << 60)],
+        ["--device", "abacus"],
+        ["--blocks", "0:9"],
+        ["--num-blocks", "99"],
+    ],
+)
+def test_bad_options_are_refused_before_anything_listens(capsys, flags):
+    assert fails(capsys, "run", "demo", *flags)
+
+
+def test_a_prompt_that_is_not_text(capsys):
+    assert "UTF-8" in fails(capsys, "generate", "demo", "a\udcff", "--join", "pn1:x")
 
 
 def test_no_such_directory(capsys):

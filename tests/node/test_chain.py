@@ -11,8 +11,8 @@ import petalnode.demo
 from petalnode.errors import PeerGone, PeerMisbehaved, PeerRefused, PeerUnreachable, UsageError
 from petalnode.models.sampling import SamplingConfig
 from petalnode.p2p.memory import memory_frame_pair
-from petalnode.protocol import HOP_PROTOCOL, Open, Segment, Step
-from petalnode.session.chain import CHUNK_TOKENS, chunks
+from petalnode.protocol import HOP_PROTOCOL, MAX_STEP_TOKENS, Open, Segment, Step
+from petalnode.session.chain import chunks
 from petalnode.session.session import GenerateOptions
 
 from .memory_swarm import open_memory_swarm
@@ -152,7 +152,7 @@ async def test_rows_of_unequal_length_in_one_chain(checkpoint):
     """Rows are for beams and batches later; the wire and the hops know them now."""
     async with open_memory_swarm(checkpoint, TWO) as swarm:
         embed = swarm.client.embed
-        lengths = (3, CHUNK_TOKENS + 5)
+        lengths = (3, MAX_STEP_TOKENS + 5)
         alone = []
         for n in lengths:
             async with swarm.chain(*TWO) as chain:
@@ -170,7 +170,7 @@ async def test_everything_is_freed_when_the_session_ends(checkpoint):
     async with open_memory_swarm(checkpoint, TWO) as swarm:
         async with swarm.session(*TWO) as session:
             await greedy(session, prompt(5), 5)
-            assert all(s.budget.tokens_free == 100_000 - 9 for s in swarm.servers.values())
+            assert all(s.budget.tokens_free == 100_000 - 64 for s in swarm.servers.values())
         await trio.testing.wait_all_tasks_blocked()
         assert [s.server.sessions for s in swarm.servers.values()] == [0, 0]
         assert all(s.budget.tokens_free == 100_000 for s in swarm.servers.values())

@@ -204,7 +204,7 @@ async def test_a_joiner_learns_everybody_from_one_hello() -> None:
         await far.gossip.publish(record(far.who, seq=3))
         await contact.gossip.publish(record(contact.who, seq=5))
         await sees(contact, far, 3)
-        about = About(NETWORK, "demo", FINGERPRINT)
+        about = About(NETWORK, "demo", FINGERPRINT, 8)
         handler = hello_handler(about, contact.gossip.snapshot, contact.gossip.absorb)
         contact.host.serve(HELLO_PROTOCOL, handler)
         peer_id = await joiner.host.connect(contact.host.addrs[0])

@@ -27,7 +27,7 @@ from petalnode.routing.view import Sighting
 from .records import FINGERPRINT, identity, record
 
 OTHER = "f" * 32
-ABOUT = About("home", "demo", FINGERPRINT)
+ABOUT = About("home", "demo", FINGERPRINT, 8)
 SEALED = [seal(identity(n), record(identity(n))) for n in (1, 2)]
 SIGHTINGS = [Sighting(SEALED[0], 0.5), Sighting(SEALED[1], 2.0)]
 
@@ -65,7 +65,7 @@ def bob(snapshot: Sequence[Sighting] = SIGHTINGS, absorbed: list[Sighting] | Non
 async def test_tells_its_swarm_and_all_it_knows() -> None:
     async with contact(bob()) as host:
         answer = await ask(host, "bob")
-    assert answer == Hello("home", "demo", FINGERPRINT, tuple(SIGHTINGS))
+    assert answer == Hello("home", "demo", FINGERPRINT, 8, tuple(SIGHTINGS))
 
 
 async def test_the_record_of_the_asker_is_handed_on() -> None:
@@ -128,7 +128,7 @@ def answers(*frames: dict[str, Any]) -> Any:
     return handle
 
 
-HONEST = {"network": "home", "model": "demo", "fingerprint": FINGERPRINT}
+HONEST = {"network": "home", "model": "demo", "fingerprint": FINGERPRINT, "blocks": 8}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,8 @@ HONEST = {"network": "home", "model": "demo", "fingerprint": FINGERPRINT}
         [HONEST | {"model": "x" * 257}],
         [HONEST | {"network": 7}],
         [HONEST | {"fingerprint": "abc"}],
+        [HONEST | {"blocks": 0}],
+        [HONEST | {"blocks": True}],
         [HONEST, {"records": 7, "ages": []}],
         [HONEST, {"records": [SEALED[0]], "ages": []}],
         [HONEST, {"records": [SEALED[0]], "ages": [-1.0]}],
@@ -209,7 +211,7 @@ async def test_a_request_that_is_garbage_costs_its_stream_alone(
 async def test_a_stranger_reserves_no_memory() -> None:
     """A header of a few bytes may not make us set 64 MiB aside for what it promises."""
     raw, theirs = memory_byte_pair()
-    handle = hello_handler(About("home", "demo", FINGERPRINT), list, lambda _: 0)
+    handle = hello_handler(About("home", "demo", FINGERPRINT, 8), list, lambda _: 0)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(handle, FrameStream(theirs))
         header = msgpack.packb({"network": None, "_t": [["float32", [1 << 24]]]})
