@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 
 DECODING_S = 0.5
 """A session that decoded so long ago is expected back with its next token."""
-GATHER_SHARE = 0.5
-"""Of the last turn's duration: how long a turn may wait for half of the decoding sessions."""
-MAX_GATHER_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,7 @@ class SpanEngine:
         self._compute = compute
         self._queue: deque[Work] = deque()
         self._arrived = trio.Event()
-        self._decoders: dict[int, float] = {}  # identity of a row's cache → when it last decoded
-        self._last_turn_s = 0.0
+        self._decoded_at = -DECODING_S
         self._prefill_is_due = False
 
     @property
@@ -135,33 +131,17 @@ class SpanEngine:
             if not self._queue:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
-            await self._gather()
-            if self._queue:
-                started = trio.current_time()
-                await self._turn()
-                self._last_turn_s = trio.current_time() - started
-
-    async def _gather(self) -> None:
-        """Wait a moment until half of the sessions that decode are here: one turn for all.
-
-        A turn of a few rows costs little more than a turn of one. One or two sessions never wait.
-        """
-        now = trio.current_time()
-        self._decoders = {key: at for key, at in self._decoders.items() if now - at < DECODING_S}
-        if any(not is_decode(work) for work in self._queue):
-            return
-        with trio.move_on_after(min(MAX_GATHER_S, GATHER_SHARE * self._last_turn_s)):
-            while 2 * len(self._queue) < len(self._decoders):
-                self._arrived = trio.Event()
-                await self._arrived.wait()
+            await self._turn()
 
     async def _turn(self) -> None:
         queue = list(self._queue)
         now = trio.current_time()
-        for work in filter(is_decode, queue):
-            self._decoders[id(work.rows[0].cache)] = now
+        if any(map(is_decode, queue)):
+            self._decoded_at = now
         shares = plan_turn(
-            queue, decoding=bool(self._decoders), prefill_is_due=self._prefill_is_due
+            queue,
+            decoding=now - self._decoded_at < DECODING_S,
+            prefill_is_due=self._prefill_is_due,
         )
         self._prefill_is_due = len(shares) < len(queue)
         pieces = [take(queue[share.index], share) for share in shares]

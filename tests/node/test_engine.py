@@ -117,37 +117,6 @@ async def test_decode_and_prefill_take_turns(span):
     assert sum(sizes) == 206
 
 
-class InlineCompute:
-    """Computes at once, so that a virtual clock does not run away."""
-
-    async def run(self, function):
-        await trio.lowlevel.checkpoint()
-        return function()
-
-
-async def test_a_turn_waits_a_moment_for_half_of_those_who_decode(span, autojump_clock):
-    recording = Recording(span)
-    engine = SpanEngine(recording, InlineCompute())
-    caches = [span.new_row(0, 4) for _ in range(4)]
-
-    async def decode(cache, after_s):
-        await trio.sleep(after_s)
-        one = row(span, 1, position=cache.length, cache=cache)
-        await engine.run(0, 4, [one], torch.randn(1, 64))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine.serve)
-        for arrivals in ((0.0, 0.0, 0.0, 0.0), (0.01, 0.011, 0.1, 0.3)):
-            engine._last_turn_s = 0.1
-            async with trio.open_nursery() as sessions:
-                for cache, after_s in zip(caches, arrivals, strict=True):
-                    sessions.start_soon(decode, cache, after_s)
-        nursery.cancel_scope.cancel()
-    sizes = [tokens for tokens, _, _ in recording.calls]
-    assert sum(sizes) == 8
-    assert sizes[-3:] == [2, 1, 1]
-
-
 async def test_going_back_truncates_the_row(span):
     engine = SpanEngine(span, ComputeThread())
     first = row(span, 5)
