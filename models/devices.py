@@ -7,8 +7,7 @@ import os
 import torch
 
 from petalnode.errors import UsageError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from petalnode.models.checkpoint import as_dtype
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,10 +34,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
-    """``auto``: float32 on a CPU, the checkpoint's own dtype on an accelerator."""
+    """``auto``: float32 on a CPU, the checkpoint's own dtype on an accelerator.
+
+    Raises ``UsageError`` for another name than a dtype's.
+    """
     if name == "auto":
         name = "float32" if device.type == "cpu" else checkpoint_dtype
-    return DTYPES[name]
+    return as_dtype(name)
 
 
 def free_bytes(device: torch.device) -> int:
