@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from petalnode.models.client import ClientParts
-from petalnode.models.config import ModelConfig
+from petalnode.models.families import read_config
+from petalnode.models.families.llama import llama_block, llama_client
+from petalnode.models.layers.weights import TorchParts
 from petalnode.models.layout import block_prefix
-from petalnode.models.llama import LlamaBlock
-from petalnode.models.span import RowSlice, Span
+from petalnode.models.span import LoadedBlock, RowSlice, Span
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -38,17 +39,22 @@ class Ours:
     """The same weights in petalnode's blocks."""
 
     def __init__(self, reference: Any) -> None:
-        config = ModelConfig.from_hf(reference.config.to_dict())
+        cpu = torch.device("cpu")
+        config = read_config(reference.config.to_dict())
         weights = reference.state_dict()
         blocks = []
         for index in range(config.num_blocks):
-            block = LlamaBlock(config, index, torch.float32, torch.device("cpu"))
-            for name, target in block.targets():
-                target.copy_(weights[block_prefix(index) + name])
-            blocks.append(block)
-        self.span = Span(config, 0, config.num_blocks, blocks)
-        embed, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
-        self.client = ClientParts(config, embed, weights["model.norm.weight"], head)
+            parts = TorchParts(torch.float32, cpu)
+            block = llama_block(parts, config, index)
+            for name, fill in parts.targets.items():
+                fill(weights[block_prefix(config, index) + name])
+            blocks.append(LoadedBlock(block, parts.nbytes))
+        self.span = Span(config, 0, blocks, torch.float32, cpu)
+        parts = TorchParts(torch.float32, cpu)
+        client = llama_client(parts, config)
+        for name, fill in parts.targets.items():
+            fill(weights[name])
+        self.client = ClientParts(config, client, parts, torch.float32)
 
     def rows(self, count: int, prefix: int) -> list[Any]:
         """Return rows with `prefix` tokens each."""
@@ -60,7 +66,8 @@ class Ours:
 
     def step(self, rows: Sequence[Any], n: int) -> Tensor:
         """Append n tokens to each row; return the last logits."""
-        x = self.client.embed(torch.ones(len(rows) * n, dtype=torch.int64))
+        ids = torch.ones(len(rows) * n, dtype=torch.int64)
+        x = self.client.embed(ids, torch.zeros_like(ids))
         slices = [RowSlice(row, row.length, n) for row in rows]
         return self.client.logits(self.span.forward(x, slices, 0, self.span.end)[-1:])
 

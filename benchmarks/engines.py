@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from petalnode.models.checkpoint import load_block_span, load_client, open_checkpoint
+from petalnode.models.checkpoint import open_checkpoint
+from petalnode.models.loading import load_block_span, load_client
 from petalnode.models.sampling import Sampler, SamplingConfig
 from petalnode.models.span import RowSlice
 from petalnode.session.session import GenerateOptions, Session
@@ -114,7 +115,7 @@ class Blocks:
         return Decoded(at, ids[1:])
 
     def _step(self, ids: list[int]) -> int:
-        hidden = self._client.embed(torch.tensor(ids))
+        hidden = self._client.embed(torch.tensor(ids), torch.arange(len(ids)))
         rows = [RowSlice(self._row, self._row.length, len(ids))]
         hidden = self._span.forward(hidden, rows, 0, self._span.end)
         return self._sampler.sample(self._client.logits(hidden[-1:])[-1], ids)

@@ -1,30 +1,27 @@
 """A model's files opened: configuration, fingerprint, and exactly the tensors that are asked for.
 
-`open_checkpoint` reads only small files. Weights are read by `load_block_span` and `load_client`,
-tensor by tensor through a memory map that is closed after each block, so that the peak is the
-span's own size plus one block. torch is imported inside those two, because it takes a second.
+`open_checkpoint` reads only small files. Weights are read by `petalnode.models.loading`, tensor by
+tensor through a memory map. torch is imported where tensors are read, because it takes a second.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from petalnode.errors import ModelError, UsageError
+from petalnode.errors import ModelError
 from petalnode.models import layout
-from petalnode.models.config import DTYPES, ModelConfig
+from petalnode.models.families import family_of, read_config
+from petalnode.models.layers.parts import Layout, TensorSpec
 from petalnode.models.shards import FLOATS, TensorInfo, damaged, read_header
 from petalnode.models.sources import Source, find_source, read_json
 from petalnode.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
-
-    from petalnode.models.client import ClientParts
-    from petalnode.models.span import Span
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 1 << 22
@@ -33,8 +30,6 @@ NOT_FINGERPRINTED = {
     *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"),
 }
 """Keys of config.json that change nothing about what the model computes."""
-
-Progress = Callable[[int, int], None]
 
 
 class Checkpoint:
@@ -45,7 +40,7 @@ class Checkpoint:
         self._source = source
         self._raw = read_json(source.path("config.json"), MAX_CONFIG_BYTES)
         generation = self._json("generation_config.json", MAX_CONFIG_BYTES)
-        self.config = ModelConfig.from_hf(self._raw, generation)
+        self.config = read_config(self._raw, generation)
         self._index = self._read_index()
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         if source.is_local:
@@ -79,8 +74,8 @@ class Checkpoint:
 
     def block_tensors(self, index: int) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield (name, tensor) of one block; names without the block's prefix. See `tensors`."""
-        prefix = layout.block_prefix(index)
-        names = [prefix + name for name in layout.block_shapes(self.config)]
+        prefix = layout.block_prefix(self.config, index)
+        names = [prefix + name for name in layout.block_layout(self.config, index)]
         for name, tensor in self.tensors(names):
             yield name.removeprefix(prefix), tensor
 
@@ -99,16 +94,14 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in group:
-                        yield name, file.get_tensor(name)
+                        yield name, file.get_tensor(self._stored_name(name))
             except SafetensorError as error:
                 raise damaged(path, str(error)) from error
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         """Which shard holds each tensor of the model; all names are checked here."""
-        names = self._index
-        if names is None:
-            names = dict.fromkeys(read_header(self._source.path(SINGLE)), SINGLE)
+        names = {self._own_name(name): shard for name, shard in self._stored_map.items()}
         expected = self._expected
         for name in names:
             if name not in expected and not layout.is_ignored(self.config, name):
@@ -123,6 +116,34 @@ class Checkpoint:
                     "Use config.json and weights of the same model.",
                 )
         return {name: shard for name, shard in names.items() if name in expected}
+
+    @cached_property
+    def _stored_map(self) -> dict[str, str]:
+        """Which shard holds each tensor, by the checkpoint's own names."""
+        if self._index is not None:
+            return self._index
+        return dict.fromkeys(read_header(self._source.path(SINGLE)), SINGLE)
+
+    @cached_property
+    def _root(self) -> str:
+        """What stands in this checkpoint where our names have the family's first root."""
+        first, *others = family_of(self.config).roots
+        for root in (first, *others):
+            probe = next(iter(self._expected)).removeprefix(first)
+            if root + probe in self._stored_map:
+                return root
+        return first
+
+    def _stored_name(self, name: str) -> str:
+        first = family_of(self.config).roots[0]
+        return self._root + name.removeprefix(first) if name.startswith(first) else name
+
+    def _own_name(self, stored: str) -> str:
+        first = family_of(self.config).roots[0]
+        if self._root == first or not stored.startswith(self._root):
+            return stored
+        own = first + stored.removeprefix(self._root)
+        return own if own in self._expected else stored
 
     def _read_index(self) -> dict[str, str] | None:
         """Return which shard holds each tensor, or None where all are in one file."""
@@ -145,29 +166,34 @@ class Checkpoint:
         header = read_header(path)
         expected = self._expected
         for name in (name for name, where in self._weight_map.items() if where == shard):
-            if name not in header:
+            info = header.get(self._stored_name(name))
+            if info is None:
                 raise ModelError(f"{path} lacks the tensor {name!r}.", "Download it again.")
-            if header[name].shape != expected[name]:
-                raise ModelError(
-                    f"The tensor {name!r} has the shape {list(header[name].shape)}, "
-                    f"but config.json asks for {list(expected[name])}.",
-                    "Use config.json and weights of the same model.",
-                )
-            if header[name].dtype not in FLOATS:
-                raise ModelError(
-                    f"The tensor {name!r} has the dtype {header[name].dtype}.",
-                    f"Use a checkpoint in one of {', '.join(FLOATS)}.",
-                )
+            _check_tensor(name, info, expected[name])
         self._headers[shard] = header
         return header
 
     @cached_property
-    def _expected(self) -> layout.Shapes:
-        return layout.expected_shapes(self.config)
+    def _expected(self) -> Layout:
+        return layout.expected_layout(self.config)
 
     def _json(self, file: str, limit: int) -> dict[str, Any] | None:
         path = self._source.optional(file)
         return None if path is None else read_json(path, limit)
+
+
+def _check_tensor(name: str, info: TensorInfo, spec: TensorSpec) -> None:
+    if info.shape != spec.shape:
+        raise ModelError(
+            f"The tensor {name!r} has the shape {list(info.shape)}, "
+            f"but config.json asks for {list(spec.shape)}.",
+            "Use config.json and weights of the same model.",
+        )
+    if info.dtype not in FLOATS:
+        raise ModelError(
+            f"The tensor {name!r} has the dtype {info.dtype}.",
+            f"Use a checkpoint in one of {', '.join(FLOATS)}.",
+        )
 
 
 def _index_map(index: dict[str, Any]) -> dict[str, str]:
@@ -195,74 +221,3 @@ def open_checkpoint(
     directory, every shard's header is checked at once.
     """
     return Checkpoint(model, find_source(model, revision, cache_dir))
-
-
-def as_dtype(dtype: "torch.dtype | str") -> "torch.dtype":
-    """Return the torch dtype of one of the names in `DTYPES`."""
-    import torch
-
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise UsageError(f"There is no dtype {dtype!r}.", f"Choose one of {', '.join(DTYPES)}.")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-
-
-def load_block_span(
-    checkpoint: Checkpoint,
-    start: int,
-    end: int,
-    *,
-    dtype: "torch.dtype | str" = "float32",
-    device: "torch.device | str" = "cpu",
-    progress: Progress | None = None,
-) -> "Span":
-    """Read the blocks [start, end), block by block.
-
-    `progress` is called with (blocks done, blocks in all), first with 0. Raises `UsageError` for a
-    range outside the model, `ModelError` for weights that do not fit the configuration.
-    """
-    import torch
-
-    from petalnode.models.llama import LlamaBlock
-    from petalnode.models.span import Span
-
-    config, total = checkpoint.config, end - start
-    if not 0 <= start < end <= config.num_blocks:
-        raise UsageError(
-            f"The blocks {start}:{end} are out of range.",
-            f"{checkpoint.name} has the blocks 0:{config.num_blocks}.",
-        )
-    blocks: list[LlamaBlock] = []
-    with torch.inference_mode():
-        for index in range(start, end):
-            if progress is not None:
-                progress(index - start, total)
-            block = LlamaBlock(config, index, as_dtype(dtype), torch.device(device))
-            targets = dict(block.targets())
-            for name, tensor in checkpoint.block_tensors(index):
-                targets[name].copy_(tensor)
-            blocks.append(block)
-    if progress is not None:
-        progress(total, total)
-    return Span(config, start, end, blocks)
-
-
-def load_client(
-    checkpoint: Checkpoint,
-    *,
-    dtype: "torch.dtype | str" = "float32",
-    device: "torch.device | str" = "cpu",
-) -> "ClientParts":
-    """Read embeddings, final norm and head; a tied head shares the embeddings' memory."""
-    import torch
-
-    from petalnode.models.client import ClientParts
-
-    config = checkpoint.config
-    kept: dict[str, torch.Tensor] = {}
-    for name, tensor in checkpoint.tensors(layout.client_shapes(config)):
-        kept[name] = torch.empty(tensor.shape, dtype=as_dtype(dtype), device=device)
-        kept[name].copy_(tensor)
-    embed = kept[layout.EMBED]
-    return ClientParts(config, embed, kept[layout.NORM], kept.get(layout.HEAD, embed))

@@ -7,7 +7,7 @@ import os
 import torch
 
 from petalnode.errors import UsageError
-from petalnode.models.checkpoint import as_dtype
+from petalnode.models.loading import as_dtype
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,68 +1,47 @@
-"""Which tensors a checkpoint of each family must hold, by name and shape. No torch.
+"""Which tensors a checkpoint must hold, by name and shape, and what they take in memory. No torch.
 
 Names are those of Hugging Face checkpoints. A block's tensors are named without the block's prefix;
 `block_prefix` gives that.
 """
 
 from petalnode.models.config import ModelConfig
-
-Shapes = dict[str, tuple[int, ...]]
-
-EMBED = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+from petalnode.models.families import family_of
+from petalnode.models.layers.parts import Layout, ShapeParts
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
 """Endings of names that old exporters wrote although they are computed, not learned."""
+HEAD = "lm_head.weight"
 
 
-def block_prefix(index: int) -> str:
+def block_prefix(config: ModelConfig, index: int) -> str:
     """Return what the names of block `index` begin with."""
-    return f"model.layers.{index}."
+    return family_of(config).blocks.format(index)
 
 
-def block_shapes(config: ModelConfig) -> Shapes:
-    """Return name and shape of every tensor of one Llama block."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    queries = config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    attention = {"q": (queries, hidden), "k": (kv, hidden), "v": (kv, hidden)}
-    attention["o"] = (hidden, queries)
-    mlp = {"gate": (wide, hidden), "up": (wide, hidden), "down": (hidden, wide)}
-    shapes: Shapes = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    for part, projections, bias in (
-        ("self_attn", attention, config.attention_bias),
-        ("mlp", mlp, config.mlp_bias),
-    ):
-        for name, shape in projections.items():
-            shapes[f"{part}.{name}_proj.weight"] = shape
-            if bias:
-                shapes[f"{part}.{name}_proj.bias"] = shape[:1]
-    return shapes
+def block_layout(config: ModelConfig, index: int) -> Layout:
+    """Return every tensor of block `index`."""
+    parts = ShapeParts()
+    family_of(config).block(parts, config, index)
+    return parts.layout
 
 
-def client_shapes(config: ModelConfig) -> Shapes:
-    """Return name and shape of what the client holds: embeddings, final norm, head."""
-    table = (config.vocab_size, config.hidden_size)
-    shapes: Shapes = {EMBED: table, NORM: (config.hidden_size,)}
-    if not config.tie_embeddings:
-        shapes[HEAD] = table
-    return shapes
+def client_layout(config: ModelConfig) -> Layout:
+    """Return what the client holds: embeddings, final norm, head."""
+    parts = ShapeParts()
+    family_of(config).client(parts, config)
+    return parts.layout
 
 
-def expected_shapes(config: ModelConfig) -> Shapes:
-    """Return name and shape of every tensor of the whole model."""
-    shapes = client_shapes(config)
-    block = block_shapes(config)
+def expected_layout(config: ModelConfig) -> Layout:
+    """Return every tensor of the whole model, by its full name."""
+    layout = client_layout(config)
     for index in range(config.num_blocks):
-        prefix = block_prefix(index)
-        shapes |= {prefix + name: shape for name, shape in block.items()}
-    return shapes
+        prefix = block_prefix(config, index)
+        layout |= {prefix + name: spec for name, spec in block_layout(config, index).items()}
+    return layout
 
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
-    """Return whether a tensor that `expected_shapes` lacks is known to carry nothing."""
-    return name.endswith(IGNORED_SUFFIXES) or (config.tie_embeddings and name == HEAD)
+    """Return whether a tensor that `expected_layout` lacks is known to carry nothing."""
+    suffixes = IGNORED_SUFFIXES + family_of(config).ignored
+    return name.endswith(suffixes) or (config.tie_embeddings and name.endswith(HEAD))

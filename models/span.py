@@ -4,36 +4,51 @@ A span keeps no state of any session. Positions come from the caller, caches bel
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from petalnode.errors import LocalProtocolError
-from petalnode.models.attention import RaggedBatch, RowSlice
 from petalnode.models.config import ModelConfig
+from petalnode.models.families.family import Block
 from petalnode.models.kv_cache import RowCache
-from petalnode.models.llama import LlamaBlock
-from petalnode.models.rope import angles, inverse_frequencies
+from petalnode.models.layers.ragged import RaggedBatch, RowSlice
 
-__all__ = ["RowSlice", "Span"]
+__all__ = ["LoadedBlock", "RowSlice", "Span"]
+
+
+@dataclass(frozen=True)
+class LoadedBlock:
+    """A block with its weights, which take `nbytes`."""
+
+    block: Block
+    nbytes: int
 
 
 class Span:
     """The blocks [start, end) of a model, in one dtype on one device. For one thread at a time."""
 
     def __init__(
-        self, config: ModelConfig, start: int, end: int, blocks: Sequence[LlamaBlock]
+        self,
+        config: ModelConfig,
+        start: int,
+        blocks: Sequence[LoadedBlock],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.config, self.start, self.end = config, start, end
+        self.config, self.start, self.end = config, start, start + len(blocks)
+        self.dtype, self.device = dtype, device
         self._blocks = tuple(blocks)
-        weights = self._blocks[0].qkv_DH
-        self.dtype, self.device = weights.dtype, weights.device
-        self._inverse = inverse_frequencies(config.rope, config.head_dim).to(self.device)
 
     @property
     def param_bytes(self) -> int:
         """Bytes of all weights of the span."""
-        return sum(block.nbytes for block in self._blocks)
+        return sum(one.nbytes for one in self._blocks)
+
+    def loaded(self, index: int) -> LoadedBlock | None:
+        """Return block `index` of the model, or None where this span does not hold it."""
+        return self._blocks[index - self.start] if self.start <= index < self.end else None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -58,13 +73,10 @@ class Span:
         """
         self._check_range(start, end)
         self._check_rows(x, rows, start, end)
-        pieces = [torch.arange(row.position, row.position + row.n) for row in rows]
-        positions = torch.cat(pieces).to(self.device)
-        cos, sin = angles(positions, self._inverse, self.dtype)
-        batch = RaggedBatch(rows, cos, sin)
+        batch = RaggedBatch(rows, self.dtype, self.device)
         x = x.to(dtype=self.dtype, device=self.device)
-        for block in self._blocks[start - self.start : end - self.start]:
-            x = block.forward(x, batch)
+        for one in self._blocks[start - self.start : end - self.start]:
+            x = one.block.forward(x, batch)
         for row in rows:
             if row.cache.end == end:
                 row.cache.advance(row.n)

@@ -32,9 +32,10 @@ from petalnode.compute import ComputeThread
 from petalnode.errors import NoRoute, PeerError, UsageError
 from petalnode.events import Draining, HopInfo, Listening, Ready, Report, Route, ignore
 from petalnode.joining import join_swarm, known_network, parse_joins, public_name
-from petalnode.models.checkpoint import Checkpoint, load_client, open_checkpoint
+from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 from petalnode.models.client import ClientParts
 from petalnode.models.devices import pick_device, pick_dtype
+from petalnode.models.loading import load_client
 from petalnode.models.tokenizer import Tokenizer
 from petalnode.nurseries import plain_errors
 from petalnode.p2p.frames import FrameStream

@@ -1,8 +1,9 @@
-"""Tiny random Llama checkpoints in Hugging Face format, written by transformers, for all tests.
+"""Tiny random checkpoints in Hugging Face format, written by transformers, for all tests.
 
-Use the session fixture `tiny_checkpoint`: a function of overrides of `TINY` that returns a
-directory with config.json, model.safetensors and tokenizer.json. The weights are drawn so that the
-model's choices depend on every part of it: norms and biases are random too, logits well apart.
+Use the session fixture `tiny_checkpoint`: a function of overrides of `TINY`, a Llama, or of a
+family and its own configuration. It returns a directory with config.json, model.safetensors and
+tokenizer.json. The weights are drawn so that the model's choices depend on every part of it: norms
+and biases are random too, logits well apart.
 """
 
 import json
@@ -31,14 +32,24 @@ TINY: dict[str, Any] = {
 MakeCheckpoint = Callable[..., Path]
 
 
-def make_tiny(path: Path, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:
-    """Write a random checkpoint of `TINY` with `overrides`; the same seed gives the same bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_tiny(
+    path: Path,
+    *,
+    family: str = "llama",
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Path:
+    """Write a random checkpoint; the same seed gives the same bytes.
 
-    config = LlamaConfig(**TINY | overrides)
+    A Llama is `TINY` with `overrides`; of another family they are the whole configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **(TINY if family == "llama" else {}) | overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, weight in model.named_parameters():
             _randomize(name, weight)
     model.save_pretrained(path, max_shard_size=max_shard_size)
@@ -50,12 +61,12 @@ def make_tiny(path: Path, *, seed: int = 0, max_shard_size: str = "5GB", **overr
 
 @torch.no_grad()
 def _randomize(name: str, weight: torch.Tensor) -> None:
-    if weight.ndim == 1:
-        weight.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+    if weight.ndim == 1:  # norms begin at one or, Gemma's, at zero; biases at zero
+        weight.copy_(weight.round() + 0.2 * torch.randn_like(weight))
     elif "embed" in name:
         weight.normal_(0.0, 0.4)
     else:
-        weight.normal_(0.0, 2.0 / weight.shape[1] ** 0.5)
+        weight.normal_(0.0, 2.0 / weight.shape[-1] ** 0.5)
 
 
 @cache

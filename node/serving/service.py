@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -15,10 +14,11 @@ import trio
 
 from petalnode.compute import ComputeThread
 from petalnode.events import Loading, Report
-from petalnode.models.checkpoint import Checkpoint, load_block_span
+from petalnode.models.checkpoint import Checkpoint
 from petalnode.models.config import ModelConfig
 from petalnode.models.devices import free_bytes
-from petalnode.models.layout import block_shapes
+from petalnode.models.layout import block_layout
+from petalnode.models.loading import load_block_span
 from petalnode.models.span import RowSlice, Span
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
@@ -75,7 +75,10 @@ def peak_bytes() -> int:
 
 def blocks_that_fit(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """How many blocks the free memory holds, at least one, at most all."""
-    block_bytes = sum(map(math.prod, block_shapes(config).values())) * dtype.itemsize
+    block_bytes = max(
+        sum(spec.numel for spec in block_layout(config, index).values()) * dtype.itemsize
+        for index in range(config.num_blocks)
+    )
     fitting = int(free_bytes(device) * WEIGHT_SHARE) // block_bytes
     return max(1, min(config.num_blocks, fitting))
 

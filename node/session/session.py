@@ -119,7 +119,8 @@ class Session:
 
     async def _embed(self) -> torch.Tensor:
         ids = torch.tensor(self.ids[self.cached :])
-        return await self._compute.run(partial(self._client.embed, ids))
+        positions = torch.arange(self.cached, len(self.ids))
+        return await self._compute.run(partial(self._client.embed, ids, positions))
 
     async def _forward(self, hidden: torch.Tensor, want: int) -> torch.Tensor:
         """Feed the embedded ids from ``cached`` on; the last ``want`` outputs [want, H]."""
@@ -131,7 +132,8 @@ class Session:
     def _choose(self, sampler: Sampler, hidden: torch.Tensor) -> tuple[int, torch.Tensor]:
         """Sample from the last output, and embed the choice. Runs in the worker thread."""
         token = sampler.sample(self._client.logits(hidden)[-1], self.ids)
-        return token, self._client.embed(torch.tensor([token]))
+        position = torch.tensor([len(self.ids)])
+        return token, self._client.embed(torch.tensor([token]), position)
 
 
 class Generation:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petalnode.models.checkpoint import load_block_span, load_client, open_checkpoint
+from petalnode.models.checkpoint import open_checkpoint
+from petalnode.models.loading import load_block_span, load_client
 from petalnode.models.span import RowSlice, Span
 
 
@@ -57,7 +58,10 @@ class Local:
 
     def step(self, rows: Sequence[list[Any]], new: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens `new[i]` to `rows[i]` in one ragged batch; return all logits [T, V]."""
-        x = self.client.embed(torch.tensor([one for ids in new for one in ids]))
+        begins = [row[0].length for row in rows]
+        positions = [at + i for at, ids in zip(begins, new, strict=True) for i in range(len(ids))]
+        flat = [one for ids in new for one in ids]
+        x = self.client.embed(torch.tensor(flat), torch.tensor(positions))
         for at, span in enumerate(self.spans):
             slices = [
                 RowSlice(row[at], row[at].length, len(ids))

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from petalnode.errors import ModelError
-from petalnode.models.config import FAMILIES, ModelConfig, RopeConfig
-from petalnode.models.rope import inverse_frequencies
+from petalnode.models.families import FAMILIES, read_config
+from petalnode.models.families.llama import LlamaConfig
+from petalnode.models.layers.rope import inverse_frequencies
+from petalnode.models.rope_config import RopeConfig
 
 BASE: dict[str, Any] = {
     "model_type": "llama",
@@ -26,15 +28,17 @@ LLAMA3 = {
 }
 
 
-def read(**changes: Any) -> ModelConfig:
-    return ModelConfig.from_hf(BASE | changes)
+def read(**changes: Any) -> LlamaConfig:
+    config = read_config(BASE | changes)
+    assert isinstance(config, LlamaConfig)
+    return config
 
 
 def test_defaults_of_old_configs() -> None:
     """Llama 1 wrote no key for what later versions vary."""
     config = read()
     assert (config.num_kv_heads, config.head_dim, config.max_positions) == (8, 8, 2048)
-    assert (config.rope, config.norm_eps) == (RopeConfig(10000.0), 1e-6)
+    assert (config.rope, config.norm_eps) == (RopeConfig(8), 1e-6)
     assert not any((config.attention_bias, config.mlp_bias, config.tie_embeddings))
     assert (config.bos_id, config.eos_ids, config.dtype) == (None, (), "float32")
 
@@ -47,15 +51,15 @@ def test_dtype(torch_spelling: dict[str, str]) -> None:
 def test_both_spellings_of_scaling_agree() -> None:
     old = read(rope_theta=500000.0, rope_scaling=LLAMA3)
     new = read(rope_parameters=LLAMA3 | {"rope_theta": 500000.0})
-    assert old.rope == new.rope == RopeConfig(500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
+    assert old.rope == new.rope == RopeConfig(8, 500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
     oldest = read(rope_scaling={"type": "linear", "factor": 4})
-    assert oldest.rope == RopeConfig(10000.0, "linear", 4.0)
+    assert oldest.rope == RopeConfig(8, 10000.0, "linear", 4.0)
     assert read(rope_parameters={"rope_type": "default", "rope_theta": 5e5}).rope.base == 5e5
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
 def test_frequencies_equal_transformers(kind: str) -> None:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig as TheirConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     parameters = LLAMA3 | {"rope_type": kind, "rope_theta": 500000.0}
@@ -63,17 +67,17 @@ def test_frequencies_equal_transformers(kind: str) -> None:
         parameters = {"rope_type": "default", "rope_theta": 500000.0}
     if kind == "linear":
         parameters = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 32.0}
-    theirs = LlamaRotaryEmbedding(LlamaConfig(**BASE, head_dim=128, rope_parameters=parameters))
-    ours = inverse_frequencies(read(rope_parameters=parameters).rope, 128)
+    theirs = LlamaRotaryEmbedding(TheirConfig(**BASE, head_dim=128, rope_parameters=parameters))
+    ours = inverse_frequencies(read(head_dim=128, rope_parameters=parameters).rope)
     torch.testing.assert_close(ours, theirs.inv_freq, rtol=1e-6, atol=0)
 
 
 def test_ends_of_text() -> None:
     """generation_config.json is asked first, as transformers' generate does."""
     config = BASE | {"eos_token_id": 2}
-    assert ModelConfig.from_hf(config).eos_ids == (2,)
-    assert ModelConfig.from_hf(config, {"eos_token_id": [3, 4]}).eos_ids == (3, 4)
-    assert ModelConfig.from_hf(config, {}).eos_ids == (2,)
+    assert read_config(config).eos_ids == (2,)
+    assert read_config(config, {"eos_token_id": [3, 4]}).eos_ids == (3, 4)
+    assert read_config(config, {}).eos_ids == (2,)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mamba", "", 7, ["llama"]])
@@ -129,7 +133,7 @@ def test_values_that_cannot_be(key: str, value: Any) -> None:
 @pytest.mark.parametrize("key", sorted(set(BASE)))
 def test_missing_keys(key: str) -> None:
     with pytest.raises(ModelError, match=f"lacks {key}"):
-        ModelConfig.from_hf({k: v for k, v in BASE.items() if k != key})
+        read_config({k: v for k, v in BASE.items() if k != key})
 
 
 def test_scaling_that_is_not_supported() -> None:

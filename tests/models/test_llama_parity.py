@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from petalnode.models.linear import FEW_ROWS, linear
+from petalnode.models.layers.linear import FEW_ROWS, linear
 
 from ..checkpoints import MakeCheckpoint
 from .reference import Local, load_reference, reference_generate, reference_logits

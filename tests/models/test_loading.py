@@ -14,16 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from petalnode.errors import ModelError, UsageError
-from petalnode.models.checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    load_block_span,
-    load_client,
-    open_checkpoint,
-)
-from petalnode.models.layout import EMBED, HEAD, block_prefix, block_shapes
-from petalnode.models.llama import LlamaBlock
+from petalnode.models.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from petalnode.models.families.family import EMBED, HEAD
+from petalnode.models.families.llama import llama_block
+from petalnode.models.layers.weights import TorchParts
+from petalnode.models.layout import block_layout
+from petalnode.models.loading import load_block_span, load_client
 
 from ..checkpoints import MakeCheckpoint
 
@@ -65,14 +61,17 @@ def error(path: Path | str) -> str:
 
 def test_layout_names_what_the_block_fills(tiny_checkpoint: MakeCheckpoint) -> None:
     config = open_checkpoint(str(tiny_checkpoint(attention_bias=True, mlp_bias=True))).config
-    block = LlamaBlock(config, 0, torch.float32, torch.device("cpu"))
-    assert {name: tuple(t.shape) for name, t in block.targets()} == block_shapes(config)
+    parts = TorchParts(torch.float32, torch.device("cpu"))
+    llama_block(parts, config, 0)
+    layout = block_layout(config, 0)
+    assert parts.targets.keys() == layout.keys()
+    assert parts.nbytes == sum(spec.numel for spec in layout.values()) * 4
 
 
 def test_shards_give_the_same_model(tiny_checkpoint: MakeCheckpoint) -> None:
     whole = open_checkpoint(str(tiny_checkpoint()))
     parts = open_checkpoint(str(tiny_checkpoint(max_shard_size="60KB")))
-    names = [block_prefix(i) + n for i in range(4) for n in block_shapes(whole.config)]
+    names = [f"model.layers.{i}.{n}" for i in range(4) for n in block_layout(whole.config, i)]
     in_parts = {n: t.clone() for n, t in parts.tensors(names)}
     assert len(in_parts) == len(names)
     for name, tensor in whole.tensors(names):
@@ -85,7 +84,7 @@ def test_only_the_own_shards_are_opened(tiny_checkpoint: MakeCheckpoint, tmp_pat
     shutil.copytree(tiny_checkpoint(max_shard_size="60KB"), path)
     checkpoint = open_checkpoint(str(path))
     where = json.loads((path / INDEX).read_text())["weight_map"]
-    mine = {s for n, s in where.items() if n.startswith((block_prefix(1), block_prefix(2)))}
+    mine = {s for n, s in where.items() if n.startswith(("model.layers.1.", "model.layers.2."))}
     for shard in set(where.values()) - mine:
         (path / shard).unlink()
     assert load_block_span(checkpoint, 1, 3, **CPU).param_bytes > 0
@@ -99,7 +98,7 @@ def test_progress_and_sizes(tiny_checkpoint: MakeCheckpoint) -> None:
     seen: list[tuple[int, int]] = []
     span = load_block_span(checkpoint, 1, 4, **CPU, progress=lambda a, b: seen.append((a, b)))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    per_block = sum(torch.Size(s).numel() for s in block_shapes(checkpoint.config).values())
+    per_block = sum(spec.numel for spec in block_layout(checkpoint.config, 1).values())
     assert span.param_bytes == 3 * per_block * 4
     assert span.kv_bytes_per_token == 2 * 2 * 16 * 4
 
@@ -123,9 +122,10 @@ def test_the_peak_is_the_span(tmp_path: Path) -> None:
     code = f"""
 import json, sys, torch
 from safetensors.torch import save_file
-from petalnode.models.checkpoint import load_block_span, open_checkpoint
-from petalnode.models.config import ModelConfig
-from petalnode.models.layout import expected_shapes
+from petalnode.models.checkpoint import open_checkpoint
+from petalnode.models.loading import load_block_span
+from petalnode.models.families import read_config
+from petalnode.models.layout import expected_layout
 torch.set_num_threads(1)
 def peak():
     status = open("/proc/self/status").read()
@@ -134,8 +134,9 @@ raw = dict(model_type="llama", hidden_size=512, num_attention_heads=8, num_hidde
            vocab_size=64, intermediate_size=1536, num_key_value_heads=4)
 open("config.json", "w").write(json.dumps(raw))
 if sys.argv[1] == "write":
-    shapes = expected_shapes(ModelConfig.from_hf(raw))
-    save_file({{n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}}, "{SINGLE}")
+    layout = expected_layout(read_config(raw))
+    zeros = {{n: torch.zeros(s.shape, dtype=torch.bfloat16) for n, s in layout.items()}}
+    save_file(zeros, "{SINGLE}")
 else:
     checkpoint = open_checkpoint(".")
     next(checkpoint.tensors(["model.norm.weight"]))  # imports

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from petalnode.errors import LocalProtocolError
-from petalnode.models.checkpoint import load_block_span, open_checkpoint
+from petalnode.models.checkpoint import open_checkpoint
+from petalnode.models.families.llama import PreNormBlock
 from petalnode.models.kv_cache import MIN_TOKENS, RowCache
-from petalnode.models.llama import LlamaBlock
+from petalnode.models.loading import load_block_span
 from petalnode.models.span import RowSlice, Span
 
 from ..checkpoints import MakeCheckpoint
@@ -83,16 +84,16 @@ def test_a_failure_half_way_changes_no_row(span: Span, monkeypatch: pytest.Monke
     x = hidden(90)
     span.forward(x[:10], [RowSlice(rows[0], 0, 4), RowSlice(rows[1], 0, 6)], 1, 4)
     slices = [RowSlice(rows[0], 4, 1), RowSlice(rows[1], 6, 79)]
-    forward = LlamaBlock.forward
+    forward, calls = PreNormBlock.forward, iter((False, True))
 
-    def fail_in_block_2(block: LlamaBlock, *args: Any) -> torch.Tensor:
+    def fail_in_block_2(block: PreNormBlock, *args: Any) -> torch.Tensor:
         out = forward(block, *args)
-        if block.index == 2:
+        if next(calls):
             raise MemoryError
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(LlamaBlock, "forward", fail_in_block_2)
+        patch.setattr(PreNormBlock, "forward", fail_in_block_2)
         with pytest.raises(MemoryError):
             span.forward(x[10:], slices, 1, 4)
     assert [row.length for row in rows] == [4, 6]

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from petalnode.errors import UsageError
-from petalnode.models.config import ModelConfig
+from petalnode.models.families import read_config
 from petalnode.models.text import WINDOW_TOKENS, TextStream
 from petalnode.models.tokenizer import Tokenizer
 
 from ..checkpoints import tiny_tokenizer
 
-CONFIG = ModelConfig.from_hf(
+CONFIG = read_config(
     {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 1, "bos_token_id": 0}
     | {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 400, "eos_token_id": 1}
 )

@@ -9,7 +9,8 @@ import trio
 
 from petalnode.compute import ComputeThread
 from petalnode.errors import PeerError, PeerUnreachable
-from petalnode.models.checkpoint import Checkpoint, load_block_span, load_client, open_checkpoint
+from petalnode.models.checkpoint import Checkpoint, open_checkpoint
+from petalnode.models.loading import load_block_span, load_client
 from petalnode.p2p.frames import FrameStream
 from petalnode.p2p.memory import memory_frame_pair
 from petalnode.routing.chain import Hop

@@ -151,15 +151,18 @@ async def test_sampling_with_a_seed_is_the_same_through_any_chain(checkpoint):
 async def test_rows_of_unequal_length_in_one_chain(checkpoint):
     """Rows are for beams and batches later; the wire and the hops know them now."""
     async with open_memory_swarm(checkpoint, TWO) as swarm:
-        embed = swarm.client.embed
+
+        def embed(ids):
+            return swarm.client.embed(torch.tensor(ids), torch.arange(len(ids)))
+
         lengths = (3, MAX_STEP_TOKENS + 5)
         alone = []
         for n in lengths:
             async with swarm.chain(*TWO) as chain:
-                hidden = embed(torch.tensor(prompt(n)))
+                hidden = embed(prompt(n))
                 alone.append(await chain.forward([Segment(0, 0, n, n)], hidden))
         async with swarm.chain(*TWO, rows=2) as chain:
-            hidden = torch.cat([embed(torch.tensor(prompt(n))) for n in lengths])
+            hidden = torch.cat([embed(prompt(n)) for n in lengths])
             both = await chain.forward(
                 [Segment(row, 0, n, n) for row, n in enumerate(lengths)], hidden
             )

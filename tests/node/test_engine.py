@@ -6,7 +6,8 @@ import trio
 
 from petalnode.compute import ComputeThread
 from petalnode.errors import LocalProtocolError
-from petalnode.models.checkpoint import load_block_span, open_checkpoint
+from petalnode.models.checkpoint import open_checkpoint
+from petalnode.models.loading import load_block_span
 from petalnode.models.span import RowSlice
 from petalnode.serving.engine import RowWork, SpanEngine
 

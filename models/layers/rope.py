@@ -1,7 +1,7 @@
 """Rotary position embeddings, with the scaling of Llama 3.1 and the older linear one.
 
 Source: RoFormer (arXiv 2104.09864); the "llama3" rule is Meta's, as in transformers'
-`modeling_rope_utils`. Pairs are (i, i + head_dim / 2), the convention of Hugging Face checkpoints.
+`modeling_rope_utils`. Pairs are (i, i + dim / 2), the convention of Hugging Face checkpoints.
 """
 
 import math
@@ -9,12 +9,12 @@ import math
 import torch
 from torch import Tensor
 
-from petalnode.models.config import RopeConfig
+from petalnode.models.rope_config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Return the angle per position of each pair, float32 [head_dim / 2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+def inverse_frequencies(rope: RopeConfig) -> Tensor:
+    """Return the angle per position of each pair, float32 [dim / 2]."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
     freqs = 1.0 / (rope.base**exponents)
     if rope.kind == "linear":
         return freqs / rope.factor
@@ -33,7 +33,7 @@ def _llama3(freqs: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def angles(positions: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and signed sine for `rotate`, each [T, 1, head_dim], for positions [T].
+    """Return cosine and signed sine for `rotate_`, each [T, 1, dim], for positions [T].
 
     The sine is negated in the first half, which saves the negation in every block.
     """
@@ -43,6 +43,6 @@ def angles(positions: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate heads x [T, heads, head_dim] in place by the `angles` of their tokens."""
+    """Rotate heads x [T, heads, dim] in place by the `angles` of their tokens."""
     swapped = x.roll(x.shape[-1] // 2, -1)
     x.mul_(cos).addcmul_(swapped, sin)

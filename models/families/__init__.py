@@ -1,0 +1,41 @@
+"""The families of models that petalnode runs, each in a file of its own.
+
+`docs/adding-a-model.md` shows how to add one. No torch is imported to read a configuration or to
+know a layout.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from petalnode.errors import ModelError
+from petalnode.models.config import ConfigReader, ModelConfig
+from petalnode.models.families.family import Family
+from petalnode.models.families.llama import LLAMA
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+"""By `model_type`."""
+
+
+def read_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """Return the model of a parsed config.json, and generation_config.json for what ends a text.
+
+    Raises `ModelError` that names the key for a family or feature that petalnode does not run, and
+    for every value that is missing, of a wrong type or out of its limits.
+    """
+    name = config.get("model_type")
+    if name is None:
+        raise ModelError("config.json lacks model_type.", "Use a Hugging Face model checkpoint.")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise ModelError(
+            f"The model family {str(name)[:60]!r} is not supported.",
+            f"Supported families: {', '.join(sorted(FAMILIES))}.",
+        )
+    return family.read(ConfigReader(config, generation))
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Return the family of a configuration that `read_config` returned."""
+    return FAMILIES[config.family]

@@ -1,0 +1,1 @@
+"""What blocks are built from: linear layers, norms, attention, feed-forwards, experts."""

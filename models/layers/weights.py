@@ -1,0 +1,160 @@
+"""Real layers: memory for weights, and where each tensor of a checkpoint goes in it.
+
+Every weight is [out, in]. See `petalnode.models.layers.parts` for how blocks ask for layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from petalnode.models.layers.linear import linear
+from petalnode.models.layers.parts import named_sizes
+
+Layer = Callable[[Tensor], Tensor]
+Fill = Callable[[Tensor], object]
+"""Takes a tensor of the checkpoint, in its shape and dtype, and keeps a copy of what it needs."""
+
+VOCABULARY_SLICE = 8192
+"""Rows of a head that are converted at a time."""
+
+_ACTIVATIONS: dict[str, Layer] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class Linear:
+    """A linear layer [out, in] with an optional bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [..., out] of x [..., in]."""
+        return linear(x, self.weight, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class VocabularyMatrix:
+    """Embeddings or head [V, H], kept in the checkpoint's dtype or the activations', if smaller.
+
+    Where the two differ, the product converts a slice of the vocabulary at a time: what a converted
+    copy of the whole would give, without its memory.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._table_VH = torch.empty((0, 0), dtype=dtype, device=device)
+
+    def fill(self, tensor: Tensor) -> None:
+        """Keep a copy of the checkpoint's tensor."""
+        smaller = min(tensor.dtype, self._dtype, key=lambda dtype: dtype.itemsize)
+        self._table_VH = tensor.to(self._table_VH.device, smaller, copy=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self._table_VH.nbytes
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Return the rows [T, H] of token ids [T], in the dtype of the activations."""
+        return F.embedding(ids.to(self._table_VH.device), self._table_VH).to(self._dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the product [T, V] of x [T, H] with every row, in float32."""
+        if self._table_VH.dtype == self._dtype:
+            return linear(x, self._table_VH, None).float()
+        slices = torch.split(self._table_VH, VOCABULARY_SLICE)
+        return torch.cat([linear(x, one.to(self._dtype), None).float() for one in slices], -1)
+
+
+class TorchParts:
+    """Makes layers in one dtype on one device; `targets`: where a checkpoint's tensors go."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.targets: dict[str, Fill] = {}
+        self.device = device
+        self._dtype = dtype
+        self._made: list[Linear | VocabularyMatrix | Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights made here."""
+        return sum(one.nbytes for one in self._made)
+
+    def linear(
+        self,
+        names: str | Sequence[str],
+        outputs: int | Sequence[int],
+        inputs: int,
+        *,
+        bias: bool = False,
+        row_order: Sequence[int] | None = None,
+        dense: bool = False,
+    ) -> Layer:
+        """See `Parts.linear`."""
+        sizes = list(named_sizes(names, outputs))
+        total = sum(size for _, size in sizes)
+        layer = Linear(self._empty(total, inputs), self._empty(total) if bias else None)
+        self._made.append(layer)
+        order = None if row_order is None else torch.tensor(row_order)
+        at = 0
+        for name, size in sizes:
+            self.targets[f"{name}.weight"] = partial(_fill, layer.weight[at : at + size], order)
+            if layer.bias is not None:
+                self.targets[f"{name}.bias"] = partial(_fill, layer.bias[at : at + size], order)
+            at += size
+        return layer
+
+    def rms_norm(self, name: str, size: int, eps: float, *, plus_one: bool = False) -> Layer:
+        """See `Parts.rms_norm`."""
+        weight = self.vector(f"{name}.weight", size)
+        if not plus_one:
+            return lambda x: F.rms_norm(x, (size,), weight, eps)
+        return lambda x: F.rms_norm(x.float(), (size,), 1.0 + weight.float(), eps).to(x.dtype)
+
+    def layer_norm(self, name: str, size: int, eps: float, *, bias: bool = True) -> Layer:
+        """See `Parts.layer_norm`."""
+        weight = self.vector(f"{name}.weight", size)
+        shift = self.vector(f"{name}.bias", size) if bias else None
+        return lambda x: F.layer_norm(x, (size,), weight, shift, eps)
+
+    def vector(self, name: str, *shape: int) -> Tensor:
+        """See `Parts.vector`."""
+        made = self._empty(*shape)
+        self._made.append(made)
+        self.targets[name] = made.copy_
+        return made
+
+    def vocabulary(self, name: str, size: int, hidden: int) -> VocabularyMatrix:
+        """See `Parts.vocabulary`."""
+        table = VocabularyMatrix(self._dtype, self.device)
+        self._made.append(table)
+        self.targets[name] = table.fill
+        return table
+
+    def constant(self, values: Sequence[float]) -> Tensor:
+        """See `Parts.constant`."""
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def activation(self, name: str) -> Layer:
+        """See `Parts.activation`."""
+        return _ACTIVATIONS[name]
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self.device)
+
+
+def _fill(target: Tensor, order: Tensor | None, tensor: Tensor) -> None:
+    target.copy_(tensor if order is None else tensor[order])

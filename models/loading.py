@@ -1,0 +1,89 @@
+"""Weights read from a checkpoint into a span or a client's part.
+
+Tensor by tensor through a memory map that is closed after each block, so that the peak is the
+span's own size plus one block.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from petalnode.errors import UsageError
+from petalnode.models import layout
+from petalnode.models.checkpoint import Checkpoint
+from petalnode.models.client import ClientParts
+from petalnode.models.config import DTYPES
+from petalnode.models.families import family_of
+from petalnode.models.layers.weights import TorchParts
+from petalnode.models.span import LoadedBlock, Span
+
+Progress = Callable[[int, int], None]
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the torch dtype of one of the names in `DTYPES`."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"There is no dtype {dtype!r}.", f"Choose one of {', '.join(DTYPES)}.")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def load_block_span(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype | str = "float32",
+    device: torch.device | str = "cpu",
+    keep: Span | None = None,
+    progress: Progress | None = None,
+) -> Span:
+    """Read the blocks [start, end), block by block; those that `keep` holds are taken from there.
+
+    `progress` is called with (blocks done, blocks in all), first with 0. Raises `UsageError` for a
+    range outside the model, `ModelError` for weights that do not fit the configuration.
+    """
+    config, total = checkpoint.config, end - start
+    if not 0 <= start < end <= config.num_blocks:
+        raise UsageError(
+            f"The blocks {start}:{end} are out of range.",
+            f"{checkpoint.name} has the blocks 0:{config.num_blocks}.",
+        )
+    which, where = as_dtype(dtype), torch.device(device)
+    blocks: list[LoadedBlock] = []
+    for index in range(start, end):
+        if progress is not None:
+            progress(index - start, total)
+        kept = keep.loaded(index) if keep is not None else None
+        blocks.append(kept or _load_block(checkpoint, index, which, where))
+    if progress is not None:
+        progress(total, total)
+    return Span(config, start, blocks, which, where)
+
+
+@torch.inference_mode()
+def _load_block(
+    checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device
+) -> LoadedBlock:
+    parts = TorchParts(dtype, device)
+    block = family_of(checkpoint.config).block(parts, checkpoint.config, index)
+    for name, tensor in checkpoint.block_tensors(index):
+        parts.targets[name](tensor)
+    return LoadedBlock(block, parts.nbytes)
+
+
+@torch.inference_mode()
+def load_client(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | str = "float32",
+    device: torch.device | str = "cpu",
+) -> ClientParts:
+    """Read embeddings, final norm and head; embeddings and head stay in the checkpoint's dtype."""
+    config, which = checkpoint.config, as_dtype(dtype)
+    parts = TorchParts(which, torch.device(device))
+    client = family_of(config).client(parts, config)
+    for name, tensor in checkpoint.tensors(layout.client_layout(config)):
+        parts.targets[name](tensor)
+    return ClientParts(config, client, parts, which)
