@@ -17,11 +17,13 @@ from petalnode.models import layout
 from petalnode.models.families import family_of, read_config
 from petalnode.models.layers.parts import Layout, TensorSpec
 from petalnode.models.shards import FLOATS, TensorInfo, damaged, read_header
-from petalnode.models.sources import Source, find_source, read_json
-from petalnode.models.tokenizer import Tokenizer
+from petalnode.models.sources import Fetching, Source, find_source, read_json
+from petalnode.models.tokenizer import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     import torch
+
+    from petalnode.models.chat_template import ChatTemplate
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 1 << 22
@@ -58,10 +60,32 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
     def tokenizer(self) -> Tokenizer:
-        """Open tokenizer.json. Raises `ModelError` where there is none or it cannot be used."""
-        path = self._source.path("tokenizer.json")
-        options = self._json("tokenizer_config.json", MAX_CONFIG_BYTES)
-        return Tokenizer(path, options or {}, self.config)
+        """Open the tokenizer. Raises `ModelError` where there is none or it cannot be used."""
+        return open_tokenizer(self._source, self.config)
+
+    def chat_template(self) -> "ChatTemplate":
+        """Open the model's chat template. Raises `ModelError` where it has none."""
+        from petalnode.models.chat_template import read_chat_template
+
+        return read_chat_template(self._source)
+
+    def fetch(
+        self, *, blocks: Iterable[int] = (), client: bool = False, report: Fetching | None = None
+    ) -> None:
+        """See that the files of these blocks, and of the client's part, are here.
+
+        `report` hears how far a download is. Raises `ModelError`, also when the disk has no room.
+        """
+        if self._index is None:  # its names are in the file itself
+            self._source.fetch([SINGLE], report)
+            return
+        names = [
+            layout.block_prefix(self.config, index) + name
+            for index in blocks
+            for name in layout.block_layout(self.config, index)
+        ]
+        names += layout.client_layout(self.config) if client else ()
+        self._source.fetch(sorted({self._weight_map[name] for name in names}), report)
 
     def verify(self) -> None:
         """Check every shard's size, and all tensors' names and shapes; read headers only.
@@ -101,7 +125,8 @@ class Checkpoint:
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         """Which shard holds each tensor of the model; all names are checked here."""
-        names = {self._own_name(name): shard for name, shard in self._stored_map.items()}
+        own = {self._stored_name(name): name for name in self._expected}
+        names = {own.get(name, name): shard for name, shard in self._stored_map.items()}
         expected = self._expected
         for name in names:
             if name not in expected and not layout.is_ignored(self.config, name):
@@ -136,14 +161,10 @@ class Checkpoint:
 
     def _stored_name(self, name: str) -> str:
         first = family_of(self.config).roots[0]
-        return self._root + name.removeprefix(first) if name.startswith(first) else name
-
-    def _own_name(self, stored: str) -> str:
-        first = family_of(self.config).roots[0]
-        if self._root == first or not stored.startswith(self._root):
-            return stored
-        own = first + stored.removeprefix(self._root)
-        return own if own in self._expected else stored
+        if name.startswith(first):
+            return self._root + name.removeprefix(first)
+        beside = self._root.removesuffix("." + first) + "." + name  # a head within a larger model
+        return beside if beside in self._stored_map else name
 
     def _read_index(self) -> dict[str, str] | None:
         """Return which shard holds each tensor, or None where all are in one file."""
@@ -189,10 +210,11 @@ def _check_tensor(name: str, info: TensorInfo, spec: TensorSpec) -> None:
             f"but config.json asks for {list(spec.shape)}.",
             "Use config.json and weights of the same model.",
         )
-    if info.dtype not in FLOATS:
+    allowed = FLOATS if spec.stored is None else (spec.stored,)
+    if info.dtype not in allowed:
         raise ModelError(
             f"The tensor {name!r} has the dtype {info.dtype}.",
-            f"Use a checkpoint in one of {', '.join(FLOATS)}.",
+            f"Use a checkpoint in one of {', '.join(allowed)}.",
         )
 
 

@@ -24,6 +24,12 @@ MAX_INTERMEDIATE_SIZE = 1 << 20
 MAX_EXPERTS = 1 << 12
 MAX_EOS_IDS = 256
 
+ACTIVATIONS = {
+    **{"relu": "relu", "gelu": "gelu", "silu": "silu", "swish": "silu"},
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"),
+}
+"""Ours (`petalnode.models.layers.parts.ACTIVATIONS`) by transformers' names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -71,6 +77,28 @@ class ConfigReader:
         self.config, self.generation = config, generation or {}
         self._prefix = prefix
 
+    def quantization(self, known: tuple[str, ...]) -> str | None:
+        """Return how the weights are quantized in the files, or None where they are not."""
+        given = self.config.get("quantization_config")
+        if given is None:
+            return None
+        method = given.get("quant_method") if isinstance(given, Mapping) else given
+        if method not in known:
+            raise ModelError(
+                f"The checkpoint's weights are quantized already ({str(method)[:60]!r}), "
+                "in a way that petalnode does not read.",
+                "Use the unquantized weights of the model: --quant quantizes them while loading.",
+            )
+        return str(method)
+
+    def spelling(self, *keys: str) -> str:
+        """Return which of several keys for one thing the file has, or the first if it has none."""
+        have = [key for key in keys if self.config.get(key) is not None] or [keys[0]]
+        for other in have[1:]:
+            if self.config[other] != self.config[have[0]]:
+                raise invalid(self._prefix + other, self.config[other], f"what {have[0]} is")
+        return have[0]
+
     def _get(self, key: str, default: Any) -> Any:
         value = self.config.get(key)
         if value is not None:
@@ -81,11 +109,11 @@ class ConfigReader:
             )
         return default
 
-    def size(self, key: str, limit: int, default: int | None = None) -> int:
-        """Return a whole number in 1..limit."""
+    def size(self, key: str, limit: int, default: int | None = None, least: int = 1) -> int:
+        """Return a whole number in least..limit."""
         value = self._get(key, default)
-        if type(value) is not int or not 1 <= value <= limit:
-            raise invalid(self._prefix + key, value, f"a whole number from 1 to {limit}")
+        if type(value) is not int or not least <= value <= limit:
+            raise invalid(self._prefix + key, value, f"a whole number from {least} to {limit}")
         return value
 
     def optional_size(self, key: str, limit: int) -> int | None:
@@ -117,13 +145,18 @@ class ConfigReader:
             raise invalid(self._prefix + key, value, "one of " + ", ".join(allowed))
         return str(value)
 
+    def activation(self, key: str, default: str | None = None) -> str:
+        """Return our name of the activation that transformers' name stands for."""
+        return ACTIVATIONS[self.choice(key, tuple(ACTIVATIONS), default)]
+
     def layer_types(self, num_blocks: int) -> tuple[str, ...] | None:
         """Return what transformers calls each block's attention, or None where it does not say."""
         value = self.config.get("layer_types")
         if value is None:
             return None
         known = ("full_attention", "sliding_attention")
-        if not isinstance(value, list) or len(value) != num_blocks or set(value) - set(known):
+        fits = isinstance(value, list) and len(value) == num_blocks
+        if not fits or any(one not in known for one in value):
             raise invalid("layer_types", value, f"{num_blocks} of " + ", ".join(known))
         return tuple(value)
 
@@ -162,26 +195,34 @@ def common_fields(
     family: str,
     *,
     blocks: str = "num_hidden_layers",
+    hidden: str = "hidden_size",
     heads: str = "num_attention_heads",
     kv_heads: str = "num_key_value_heads",
     positions: str = "max_position_embeddings",
     default_head_dim: int | None = None,
+    whole_heads: bool = False,
     tied: bool = False,
 ) -> dict[str, Any]:
-    """Return the fields of `ModelConfig`; the keywords name a family's own keys and defaults."""
-    hidden = read.size("hidden_size", MAX_HIDDEN_SIZE)
+    """Return the fields of `ModelConfig`; the keywords name a family's own keys and defaults.
+
+    `whole_heads`: all heads together must be as wide as the hidden state.
+    """
+    hidden_size = read.size(hidden, MAX_HIDDEN_SIZE)
     num_heads = read.size(heads, MAX_HEADS)
     num_kv_heads = read.size(kv_heads, MAX_HEADS, default=num_heads)
     vocab = read.size("vocab_size", MAX_VOCAB_SIZE)
     if num_heads % num_kv_heads:
         raise invalid(kv_heads, num_kv_heads, f"a divisor of the {num_heads} heads")
-    if hidden // num_heads == 0:
-        raise invalid(heads, num_heads, f"at most hidden_size, {hidden}")
-    head_dim = read.size("head_dim", MAX_HEAD_DIM, default=default_head_dim or hidden // num_heads)
+    if hidden_size < num_heads:
+        raise invalid(heads, num_heads, f"at most {hidden}, {hidden_size}")
+    share = hidden_size // num_heads
+    head_dim = read.size("head_dim", MAX_HEAD_DIM, default=default_head_dim or share)
+    if whole_heads and num_heads * head_dim != hidden_size:
+        raise invalid(heads, num_heads, f"{hidden}, {hidden_size}, by head_dim, {head_dim}")
     return {
         "family": family,
         "num_blocks": read.size(blocks, MAX_BLOCKS),
-        "hidden_size": hidden,
+        "hidden_size": hidden_size,
         "vocab_size": vocab,
         "max_positions": read.size(positions, MAX_POSITIONS, default=2048),
         "num_heads": num_heads,

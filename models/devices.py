@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from petalnode.errors import UsageError
+from petalnode.models.host_memory import available_bytes
 from petalnode.models.loading import as_dtype
 
 
@@ -44,7 +43,10 @@ def pick_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on the device now."""
+    """Memory that can be allocated on the device now, at least 0."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "mps":  # memory is shared with the host, up to what Metal recommends
+        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(0, min(int(left), available_bytes()))
+    return available_bytes()

@@ -43,5 +43,7 @@ def expected_layout(config: ModelConfig) -> Layout:
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
     """Return whether a tensor that `expected_layout` lacks is known to carry nothing."""
-    suffixes = IGNORED_SUFFIXES + family_of(config).ignored
-    return name.endswith(suffixes) or (config.tie_embeddings and name.endswith(HEAD))
+    family = family_of(config)
+    if name.endswith(IGNORED_SUFFIXES + family.ignored) or name.startswith(family.apart):
+        return True
+    return config.tie_embeddings and name.endswith(HEAD)

@@ -1,7 +1,7 @@
 """Weights read from a checkpoint into a span or a client's part.
 
 Tensor by tensor through a memory map that is closed after each block, so that the peak is the
-span's own size plus one block.
+span's own size plus one block as the file has it. Matrices are quantized while they are read.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,8 @@ from petalnode.models.client import ClientParts
 from petalnode.models.config import DTYPES
 from petalnode.models.families import family_of
 from petalnode.models.layers.weights import TorchParts
+from petalnode.models.quantize import check_quant
+from petalnode.models.sources import Fetching
 from petalnode.models.span import LoadedBlock, Span
 
 Progress = Callable[[int, int], None]
@@ -36,13 +38,18 @@ def load_block_span(
     *,
     dtype: torch.dtype | str = "float32",
     device: torch.device | str = "cpu",
+    quant: str = "none",
     keep: Span | None = None,
     progress: Progress | None = None,
+    fetching: Fetching | None = None,
 ) -> Span:
     """Read the blocks [start, end), block by block; those that `keep` holds are taken from there.
 
-    `progress` is called with (blocks done, blocks in all), first with 0. Raises `UsageError` for a
-    range outside the model, `ModelError` for weights that do not fit the configuration.
+    `quant` is one of `petalnode.models.memory.QUANTS`, `dtype` that of the rest and of activations.
+    `keep` must be a span of the same checkpoint and quantization. `progress` is called with (blocks
+    done, blocks in all), first with 0; before that, `fetching` hears of the download. Raises
+    `UsageError` for a range outside the model or a quantization that cannot run here, `ModelError`
+    for weights that do not fit the configuration.
     """
     config, total = checkpoint.config, end - start
     if not 0 <= start < end <= config.num_blocks:
@@ -51,22 +58,24 @@ def load_block_span(
             f"{checkpoint.name} has the blocks 0:{config.num_blocks}.",
         )
     which, where = as_dtype(dtype), torch.device(device)
+    check_quant(quant, where)
+    if keep is not None and (keep.dtype, keep.device) != (which, where):
+        keep = None
+    missing = [i for i in range(start, end) if keep is None or keep.loaded(i) is None]
+    checkpoint.fetch(blocks=missing, report=fetching)
     blocks: list[LoadedBlock] = []
     for index in range(start, end):
         if progress is not None:
             progress(index - start, total)
         kept = keep.loaded(index) if keep is not None else None
-        blocks.append(kept or _load_block(checkpoint, index, which, where))
+        blocks.append(kept or _load_block(checkpoint, index, TorchParts(which, where, quant)))
     if progress is not None:
         progress(total, total)
     return Span(config, start, blocks, which, where)
 
 
 @torch.inference_mode()
-def _load_block(
-    checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device
-) -> LoadedBlock:
-    parts = TorchParts(dtype, device)
+def _load_block(checkpoint: Checkpoint, index: int, parts: TorchParts) -> LoadedBlock:
     block = family_of(checkpoint.config).block(parts, checkpoint.config, index)
     for name, tensor in checkpoint.block_tensors(index):
         parts.targets[name](tensor)
@@ -79,8 +88,10 @@ def load_client(
     *,
     dtype: torch.dtype | str = "float32",
     device: torch.device | str = "cpu",
+    fetching: Fetching | None = None,
 ) -> ClientParts:
     """Read embeddings, final norm and head; embeddings and head stay in the checkpoint's dtype."""
+    checkpoint.fetch(client=True, report=fetching)
     config, which = checkpoint.config, as_dtype(dtype)
     parts = TorchParts(which, torch.device(device))
     client = family_of(config).client(parts, config)

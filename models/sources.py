@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,10 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HUB_ID = re.compile(
     r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./+-]{1,255}))?", re.ASCII
 )
+
+
+Fetching = Callable[[str, int, int], None]
+"""Called with (file being fetched, bytes here, bytes in all); the bytes are those of all files."""
 
 
 class Source(Protocol):
@@ -30,6 +34,9 @@ class Source(Protocol):
 
     def path(self, file: str) -> Path:
         """Return the path of a file that must be there, or raise `ModelError`."""
+
+    def fetch(self, files: Sequence[str], report: Fetching | None = None) -> None:
+        """See that files are here before they are used; `report` hears how far it is."""
 
     def pickled_weights(self) -> str | None:
         """Return the name of a file of pickled weights, if there is one."""
@@ -67,6 +74,9 @@ class Directory:
                 "Give a model in Hugging Face format: config.json, *.safetensors, tokenizer.json.",
             )
         return path
+
+    def fetch(self, files: Sequence[str], report: Fetching | None = None) -> None:
+        """Do nothing: all files are here."""
 
     def pickled_weights(self) -> str | None:
         """Return the name of a file of pickled weights, if there is one."""

@@ -52,6 +52,8 @@ def make_tiny(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, weight in model.named_parameters():
             _randomize(name, weight)
+        embeddings = model.get_input_embeddings()
+        embeddings.weight.data /= getattr(embeddings, "scalar_embed_scale", 1.0)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     tiny_tokenizer().save(str(path / "tokenizer.json"))
     options = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
@@ -67,6 +69,9 @@ def _randomize(name: str, weight: torch.Tensor) -> None:
         weight.normal_(0.0, 0.4)
     else:
         weight.normal_(0.0, 2.0 / weight.shape[-1] ** 0.5)
+    if name.endswith(("fc2.weight", "dense_4h_to_h.weight")):
+        # Behind an activation without a gate, all tokens have much in common: it shall not count.
+        weight.sub_(weight.mean(-1, keepdim=True))
 
 
 @cache

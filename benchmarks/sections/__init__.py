@@ -1,5 +1,22 @@
 """The sections, in the order in which they run. Each module has ``run(quick) -> Result``."""
 
-ALL = ("steps", "large", "clients", "start", "wire", "isolation", "link", "blocks")
-QUICK = tuple(name for name in ALL if name not in ("wire", "blocks"))
-"""What a quick run is without names: the two others are scripts that can be run by themselves."""
+ALL = (
+    "steps",
+    "large",
+    "clients",
+    "start",
+    "wire",
+    "isolation",
+    "link",
+    "blocks",
+    "routing",
+    "placement",
+    "loading",
+    "perplexity",
+)
+QUICK = tuple(
+    name for name in ALL if name not in ("wire", "blocks", "placement", "loading", "perplexity")
+)
+"""What a quick run is without names: the others can be run by themselves."""
+CHECKS = ("parity",)
+"""No timings: run by name alone, and each writes its tables into a document of its own."""

@@ -9,10 +9,37 @@ from typing import Any
 
 from petalnode.errors import ModelError
 from petalnode.models.config import ConfigReader, ModelConfig
+from petalnode.models.families.bloom import BLOOM
+from petalnode.models.families.falcon import FALCON
 from petalnode.models.families.family import Family
+from petalnode.models.families.gemma2 import GEMMA2
+from petalnode.models.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from petalnode.models.families.gpt_oss import GPT_OSS
 from petalnode.models.families.llama import LLAMA
+from petalnode.models.families.mistral import MISTRAL
+from petalnode.models.families.mixtral import MIXTRAL
+from petalnode.models.families.opt import OPT
+from petalnode.models.families.phi3 import PHI3
+from petalnode.models.families.qwen import QWEN2, QWEN3
+from petalnode.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+_ALL = (
+    LLAMA,
+    MIXTRAL,
+    QWEN3_MOE,
+    GPT_OSS,
+    BLOOM,
+    OPT,
+    FALCON,
+    PHI3,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    GEMMA3_TEXT,
+    GEMMA3,
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 """By `model_type`."""
 
 
@@ -33,7 +60,9 @@ def read_config(
             f"The model family {str(name)[:60]!r} is not supported.",
             f"Supported families: {', '.join(sorted(FAMILIES))}.",
         )
-    return family.read(ConfigReader(config, generation))
+    reader = ConfigReader(config, generation)
+    reader.quantization(family.quantized)
+    return family.read(reader)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -52,6 +52,10 @@ class Family:
     roots: tuple[str, ...] = ("model.",)
     ignored: tuple[str, ...] = ()
     """Endings of names of tensors that carry nothing for us."""
+    apart: tuple[str, ...] = ()
+    """Beginnings of names of tensors of other models in the same files: towers for images."""
+    quantized: tuple[str, ...] = ()
+    """Values of quant_method that `read` knows; others are refused before."""
 
 
 class SimpleClient:
@@ -81,7 +85,9 @@ class SimpleClient:
     def embed(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """See `Client.embed`; positions do not matter here."""
         x_TH = self._table.lookup(ids_T)
-        return x_TH if self._scale == 1.0 else x_TH * self._scale
+        if self._scale == 1.0:
+            return x_TH
+        return x_TH * x_TH.new_tensor(self._scale)  # rounded to the dtype, as it was in training
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """See `Client.logits`."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from petalnode.models.config import (
     MAX_INTERMEDIATE_SIZE,
     ConfigReader,
     ModelConfig,
     common_fields,
-    invalid,
 )
 from petalnode.models.families.family import Family, SimpleClient
 from petalnode.models.layers.attention import Attention, projections
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from petalnode.models.layers.ragged import RaggedBatch
+
+SILU = ("silu", "swish")
+"""What the configurations call it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +44,22 @@ class LlamaConfig(ModelConfig):
 
 def read_llama(read: ConfigReader) -> LlamaConfig:
     """Return the configuration of a Llama checkpoint."""
-    read.choice("hidden_act", ("silu", "swish"), default="silu")
-    common = common_fields(read, "llama")
-    rope = read_rope(read.config, common["head_dim"])
-    if rope.dim != common["head_dim"]:
-        part = rope.dim / common["head_dim"]
-        raise invalid("partial_rotary_factor", part, "1, as in every Llama")
+    read.choice("hidden_act", SILU, default="silu")
     return LlamaConfig(
-        **common,
-        intermediate_size=read.size("intermediate_size", MAX_INTERMEDIATE_SIZE),
-        norm_eps=read.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
-        rope=rope,
+        **llama_fields(read, "llama"),
         attention_bias=read.flag("attention_bias"),
         mlp_bias=read.flag("mlp_bias"),
     )
+
+
+def llama_fields(read: ConfigReader, family: str, **keys: Any) -> dict[str, Any]:
+    """Return the fields of `LlamaConfig` but its biases; `keys` are those of `common_fields`."""
+    common = common_fields(read, family, **keys)
+    return common | {
+        "intermediate_size": read.size("intermediate_size", MAX_INTERMEDIATE_SIZE),
+        "norm_eps": read.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
+        "rope": read_rope(read.config, common["head_dim"]),
+    }
 
 
 class PreNormBlock:

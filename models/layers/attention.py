@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from petalnode.models.config import ModelConfig
@@ -30,8 +31,9 @@ class Scores:
 
     `scale` multiplies them. `window`: a token sees only that many keys, itself included. `softcap`:
     scores become softcap * tanh(score / softcap). `sinks` [query heads]: one more score that takes
-    weight and gives no value. `slopes` [query heads], float32: times the distance, added (ALiBi,
-    arXiv 2108.12409).
+    weight and gives no value. `slopes` [query heads], float32: times the distance, subtracted
+    (ALiBi, arXiv 2108.12409). `coarse`: instead, their product with the key's position is added
+    before the scale, all in bfloat16.
     """
 
     scale: float
@@ -39,6 +41,7 @@ class Scores:
     softcap: float | None = None
     sinks: Tensor | None = None
     slopes: Tensor | None = None
+    coarse: bool = False
 
     @property
     def plain(self) -> bool:
@@ -98,3 +101,54 @@ def projections(
         parts.linear(names, (queries, kv, kv), hidden, bias=bias),
         parts.linear(out, hidden, queries, bias=bias if out_bias is None else out_bias),
     )
+
+
+def interleaved_projections(
+    parts: Parts,
+    config: ModelConfig,
+    *,
+    bias: bool,
+    name: str = "self_attention.query_key_value",
+    out: str = "self_attention.dense",
+) -> tuple[Layer, Layer]:
+    """Return the layers `qkv` and `out` of a checkpoint that goes key head by key head.
+
+    One matrix holds the query heads of the first key head, that key, its value, and so on. Its rows
+    are put into the order of `Attention` while they are loaded.
+    """
+    order = _rows_apart(config.num_heads, config.num_kv_heads, config.head_dim)
+    hidden, queries = config.hidden_size, config.num_heads * config.head_dim
+    return (
+        parts.linear(name, len(order), hidden, bias=bias, row_order=order),
+        parts.linear(out, hidden, queries, bias=bias),
+    )
+
+
+@cache
+def _rows_apart(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    group = num_heads // num_kv_heads + 2
+    heads = list(range(num_heads + 2 * num_kv_heads))
+    keys, values = heads[group - 2 :: group], heads[group - 1 :: group]
+    queries = [head for head in heads if head % group < group - 2]
+    return tuple(
+        head * head_dim + at for head in (*queries, *keys, *values) for at in range(head_dim)
+    )
+
+
+def alibi(parts: Parts, config: ModelConfig, *, coarse: bool = False) -> Scores:
+    """Return scores with ALiBi; see `Scores`."""
+    slopes = parts.constant(alibi_slopes(config.num_heads))
+    return Scores(config.head_dim**-0.5, slopes=slopes, coarse=coarse)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Return each head's slope (arXiv 2108.12409): powers of 2**(-8 / n).
+
+    n is the power of two at or below the number of heads; heads beyond it have the odd powers of
+    the root of that base.
+    """
+    n = 1 << (num_heads.bit_length() - 1)
+    beyond = num_heads - n
+    return [2 ** (-8 * (i + 1) / n) for i in range(n)] + [
+        2 ** (-4 * (2 * i + 1) / n) for i in range(beyond)
+    ]

@@ -47,10 +47,10 @@ class Mlp:
         hidden: int,
         wide: int,
         *,
-        up: str,
-        down: str,
         activation: str,
         bias: bool = True,
+        up: str = "mlp.dense_h_to_4h",
+        down: str = "mlp.dense_4h_to_h",
     ) -> None:
         self._up = parts.linear(up, wide, hidden, bias=bias)
         self._down = parts.linear(down, hidden, wide, bias=bias)

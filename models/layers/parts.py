@@ -16,19 +16,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Layer = Callable[[Tensor], Tensor]
+    Grouped = Callable[[Tensor, Sequence[tuple[int, int]]], Tensor]
+    """From x [S, in], sorted by expert, and (expert, rows) for each that is hit, to [S, out]."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a checkpoint. `in_linear`: a matrix that quantization may shrink."""
+    """One tensor of a checkpoint. `in_linear`: a matrix that quantization may shrink.
+
+    `stored`: safetensors' name of the one dtype that it must have, where not any float will do.
+    `expands`: how many numbers each of its elements becomes when it is loaded. `inputs`: numbers
+    in a row of the matrix, where that is not the last dimension.
+    """
 
     shape: tuple[int, ...]
     in_linear: bool = False
+    stored: str | None = None
+    expands: int = 1
+    inputs: int | None = None
 
     @property
     def numel(self) -> int:
-        """Numbers in the tensor."""
-        return math.prod(self.shape)
+        """Numbers that the loaded tensor has."""
+        return math.prod(self.shape) * self.expands
 
 
 Layout = dict[str, TensorSpec]
@@ -67,11 +77,35 @@ class Parts(Protocol):
         the one tensor named. `dense` layers (routers, the head) are never quantized.
         """
 
+    def experts(
+        self, names: str | Sequence[str], experts: int, outputs: int | Sequence[int], inputs: int
+    ) -> Grouped:
+        """Return x @ weight[e].T for each row's expert e; several names make one fused layer.
+
+        Expert e's tensors are `name.weight` [out, in] with e for the {} in the name.
+        """
+
+    def stacked_experts(
+        self,
+        name: str,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        *,
+        row_order: Sequence[int] | None = None,
+        mxfp4: bool = False,
+    ) -> Grouped:
+        """Return x @ weight[e] + bias[e] for each row's expert e.
+
+        `name` is [E, in, out], `name_bias` [E, out]; `row_order` as for `linear`. With `mxfp4` it
+        is `name_blocks` [E, out, in / 32, 16] and `name_scales` [E, out, in / 32] instead.
+        """
+
     def rms_norm(self, name: str, size: int, eps: float, *, plus_one: bool = False) -> Layer:
         """Return x / rms(x) * `name.weight` over the last dimension; Gemma's weight lacks one."""
 
-    def layer_norm(self, name: str, size: int, eps: float, *, bias: bool = True) -> Layer:
-        """Return LayerNorm over the last dimension by `name.weight` and `name.bias`."""
+    def layer_norm(self, name: str, size: int, eps: float, *, affine: bool = True) -> Layer:
+        """Return LayerNorm over the last dimension, if `affine` by `name.weight`, `name.bias`."""
 
     def vector(self, name: str, *shape: int) -> Tensor:
         """Return the tensor itself, in the dtype of the activations."""
@@ -86,6 +120,8 @@ class Parts(Protocol):
         """Return one of `ACTIVATIONS`."""
 
 
+MXFP4_GROUP = 32
+"""Numbers that share a scale."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -112,16 +148,45 @@ class ShapeParts:
                 self.layout[f"{name}.bias"] = TensorSpec((size,))
         return _not_here
 
+    def experts(
+        self, names: str | Sequence[str], experts: int, outputs: int | Sequence[int], inputs: int
+    ) -> Grouped:
+        """See `Parts.experts`."""
+        many = [names] if isinstance(names, str) else names
+        for expert in range(experts):
+            self.linear([name.format(expert) for name in many], outputs, inputs)
+        return _not_here
+
+    def stacked_experts(
+        self,
+        name: str,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        *,
+        row_order: Sequence[int] | None = None,
+        mxfp4: bool = False,
+    ) -> Grouped:
+        """See `Parts.stacked_experts`."""
+        if mxfp4:
+            groups = (experts, outputs, inputs // MXFP4_GROUP)
+            self.layout[f"{name}_scales"] = TensorSpec(groups, stored="U8", expands=0)
+            blocks = TensorSpec((*groups, MXFP4_GROUP // 2), True, "U8", 2, inputs)
+            self.layout[f"{name}_blocks"] = blocks
+        else:
+            self.layout[name] = TensorSpec((experts, inputs, outputs), True, inputs=inputs)
+        self.layout[f"{name}_bias"] = TensorSpec((experts, outputs))
+        return _not_here
+
     def rms_norm(self, name: str, size: int, eps: float, *, plus_one: bool = False) -> Layer:
         """See `Parts.rms_norm`."""
         self.layout[f"{name}.weight"] = TensorSpec((size,))
         return _not_here
 
-    def layer_norm(self, name: str, size: int, eps: float, *, bias: bool = True) -> Layer:
+    def layer_norm(self, name: str, size: int, eps: float, *, affine: bool = True) -> Layer:
         """See `Parts.layer_norm`."""
-        self.layout[f"{name}.weight"] = TensorSpec((size,))
-        if bias:
-            self.layout[f"{name}.bias"] = TensorSpec((size,))
+        for end in ("weight", "bias") if affine else ():
+            self.layout[f"{name}.{end}"] = TensorSpec((size,))
         return _not_here
 
     def vector(self, name: str, *shape: int) -> Any:
@@ -151,5 +216,5 @@ def named_sizes(
     yield from zip(names, outputs, strict=True)
 
 
-def _not_here(x: Tensor) -> Tensor:
+def _not_here(x: Tensor, *groups: object) -> Tensor:
     raise TypeError("these layers only describe shapes")

@@ -47,7 +47,8 @@ class RaggedBatch:
         if rope not in self._angles:
             pieces = [torch.arange(row.position, row.position + row.n) for row in self.rows]
             positions = torch.cat(pieces).to(self._device)
-            self._angles[rope] = angles(positions, _inverse(rope, self._device), self._dtype)
+            inverse, scale = _inverse(rope, self._device), rope.attention_factor
+            self._angles[rope] = angles(positions, inverse, self._dtype, scale)
         cos, sin = self._angles[rope]
         rotate_(heads if heads.shape[-1] == rope.dim else heads[..., : rope.dim], cos, sin)
 
@@ -159,17 +160,32 @@ def _attend_by_parts(
     q_nKGD: Tensor, k_KLD: Tensor, v_KLD: Tensor, row: RowSlice, scores: Scores
 ) -> Tensor:
     """Attend where scores are capped, sloped or compete with sinks; softmax in float32."""
-    n, heads_k, heads_g, _ = q_nKGD.shape
+    n, heads_k, heads_g, size = q_nKGD.shape
     distances_nL = _distances(row, scores.window, q_nKGD.device)
-    q_KGnD = q_nKGD.permute(1, 2, 0, 3)
-    s_KGnL = (q_KGnD @ k_KLD[:, None].mT).float() * scores.scale
+    queries = q_nKGD.permute(1, 2, 0, 3).reshape(heads_k, -1, size)
+    s_KGnL = (queries @ k_KLD.mT).view(heads_k, heads_g, n, -1).float().mul_(scores.scale)
     if scores.softcap is not None:
         s_KGnL = torch.tanh(s_KGnL / scores.softcap) * scores.softcap
     if scores.slopes is not None:
-        s_KGnL = s_KGnL - scores.slopes.view(heads_k, heads_g, 1, 1) * distances_nL
-    s_KGnL = s_KGnL + _mask(distances_nL, scores.window, torch.float32)
+        s_KGnL.add_(_alibi(scores, heads_k, distances_nL[-1], row))
+    if n > 1:  # one token sees all keys that are left
+        s_KGnL.add_(_mask(distances_nL, scores.window, torch.float32))
     if scores.sinks is not None:
         sinks = scores.sinks.float().view(heads_k, heads_g, 1, 1).expand(-1, -1, n, 1)
         s_KGnL = torch.cat((s_KGnL, sinks), -1)
     weights_KGnL = torch.softmax(s_KGnL, -1)[..., : k_KLD.shape[1]].to(v_KLD.dtype)
-    return (weights_KGnL @ v_KLD[:, None]).permute(2, 0, 1, 3).reshape(n, -1)
+    attended = (weights_KGnL.flatten(1, 2) @ v_KLD).view(heads_k, heads_g, n, size)
+    return attended.permute(2, 0, 1, 3).reshape(n, -1)
+
+
+def _alibi(scores: Scores, heads_k: int, distances_L: Tensor, row: RowSlice) -> Tensor:
+    """Return what ALiBi adds to the scores: [K, G, 1, L], by the distances from the last new token.
+
+    For the other tokens that is off by the same number for all keys, which softmax does not see.
+    """
+    assert scores.slopes is not None
+    slopes_KG11 = scores.slopes.view(heads_k, -1, 1, 1)
+    if not scores.coarse:
+        return slopes_KG11 * -distances_L
+    positions_L = row.position + row.n - 1 - distances_L
+    return (slopes_KG11.bfloat16() * positions_L.bfloat16()).float() * scores.scale

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from petalnode.models.layers.experts import GroupedLinear, Mxfp4Fill, StackedFill
 from petalnode.models.layers.linear import linear
 from petalnode.models.layers.parts import named_sizes
+from petalnode.models.quantize import Int8Linear, Nf4Linear, quantized_linear
 
 Layer = Callable[[Tensor], Tensor]
 Fill = Callable[[Tensor], object]
@@ -40,10 +42,17 @@ class Linear:
         """Return [..., out] of x [..., in]."""
         return linear(x, self.weight, self.bias)
 
+    def fill(self, begin: int, rows: Tensor) -> None:
+        """Keep rows [n, in] of a checkpoint's tensor as the rows from `begin` on."""
+        self.weight[begin : begin + len(rows)] = rows
+
     @property
     def nbytes(self) -> int:
         """Bytes of weight and bias."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+AnyLinear = Linear | Int8Linear | Nf4Linear
 
 
 class VocabularyMatrix:
@@ -80,13 +89,16 @@ class VocabularyMatrix:
 
 
 class TorchParts:
-    """Makes layers in one dtype on one device; `targets`: where a checkpoint's tensors go."""
+    """Makes layers in one dtype on one device; `targets`: where a checkpoint's tensors go.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    `quant`: how linear layers keep their weights, one of `petalnode.models.memory.QUANTS`.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, quant: str = "none") -> None:
         self.targets: dict[str, Fill] = {}
         self.device = device
-        self._dtype = dtype
-        self._made: list[Linear | VocabularyMatrix | Tensor] = []
+        self._dtype, self._quant = dtype, quant
+        self._made: list[AnyLinear | VocabularyMatrix | Tensor] = []
 
     @property
     def nbytes(self) -> int:
@@ -106,29 +118,69 @@ class TorchParts:
         """See `Parts.linear`."""
         sizes = list(named_sizes(names, outputs))
         total = sum(size for _, size in sizes)
-        layer = Linear(self._empty(total, inputs), self._empty(total) if bias else None)
-        self._made.append(layer)
+        layer = self._layer(total, inputs, self._empty(total) if bias else None, dense=dense)
         order = None if row_order is None else torch.tensor(row_order)
         at = 0
         for name, size in sizes:
-            self.targets[f"{name}.weight"] = partial(_fill, layer.weight[at : at + size], order)
+            self.targets[f"{name}.weight"] = partial(_fill_rows, layer, at, order)
             if layer.bias is not None:
                 self.targets[f"{name}.bias"] = partial(_fill, layer.bias[at : at + size], order)
             at += size
         return layer
 
+    def experts(
+        self, names: str | Sequence[str], experts: int, outputs: int | Sequence[int], inputs: int
+    ) -> GroupedLinear:
+        """See `Parts.experts`."""
+        many = [names] if isinstance(names, str) else names
+        return GroupedLinear(
+            [
+                self.linear([name.format(expert) for name in many], outputs, inputs)
+                for expert in range(experts)
+            ]
+        )
+
+    def stacked_experts(
+        self,
+        name: str,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        *,
+        row_order: Sequence[int] | None = None,
+        mxfp4: bool = False,
+    ) -> GroupedLinear:
+        """See `Parts.stacked_experts`."""
+        bias_EO = self._empty(experts, outputs)
+        layers = [self._layer(outputs, inputs, bias_O) for bias_O in bias_EO]
+        order = None if row_order is None else torch.tensor(row_order)
+        self.targets[f"{name}_bias"] = partial(_fill_columns, bias_EO, order)
+        if mxfp4:
+            packed = Mxfp4Fill(layers, order)
+            self.targets |= {f"{name}_scales": packed.scales, f"{name}_blocks": packed.blocks}
+        else:
+            self.targets[name] = StackedFill(layers, order).weights
+        return GroupedLinear(layers)
+
     def rms_norm(self, name: str, size: int, eps: float, *, plus_one: bool = False) -> Layer:
         """See `Parts.rms_norm`."""
+        if plus_one:
+            return self._float32_norm(f"{name}.weight", size, eps)
         weight = self.vector(f"{name}.weight", size)
-        if not plus_one:
-            return lambda x: F.rms_norm(x, (size,), weight, eps)
-        return lambda x: F.rms_norm(x.float(), (size,), 1.0 + weight.float(), eps).to(x.dtype)
+        return lambda x: F.rms_norm(x, (size,), weight, eps)
 
-    def layer_norm(self, name: str, size: int, eps: float, *, bias: bool = True) -> Layer:
+    def _float32_norm(self, name: str, size: int, eps: float) -> Layer:
+        weight = torch.empty(size, dtype=torch.float32, device=self.device)
+        self._made.append(weight)
+        self.targets[name] = lambda tensor: weight.copy_(tensor.to(self._dtype)).add_(1.0)
+        return lambda x: F.rms_norm(x.float(), (size,), weight, eps).to(x.dtype)
+
+    def layer_norm(self, name: str, size: int, eps: float, *, affine: bool = True) -> Layer:
         """See `Parts.layer_norm`."""
-        weight = self.vector(f"{name}.weight", size)
-        shift = self.vector(f"{name}.bias", size) if bias else None
-        return lambda x: F.layer_norm(x, (size,), weight, shift, eps)
+        if not affine:
+            return lambda x: F.layer_norm(x, (size,), eps=eps)
+        weight, bias = self.vector(f"{name}.weight", size), self.vector(f"{name}.bias", size)
+        return lambda x: F.layer_norm(x, (size,), weight, bias, eps)
 
     def vector(self, name: str, *shape: int) -> Tensor:
         """See `Parts.vector`."""
@@ -152,8 +204,28 @@ class TorchParts:
         """See `Parts.activation`."""
         return _ACTIVATIONS[name]
 
+    def _layer(
+        self, outputs: int, inputs: int, bias: Tensor | None, *, dense: bool = False
+    ) -> AnyLinear:
+        """Return an empty layer [out, in] in the form that weights are kept in here."""
+        layer: AnyLinear | None = None
+        if not dense and self._quant != "none":
+            layer = quantized_linear(outputs, inputs, bias, self._dtype, self.device, self._quant)
+        if layer is None:
+            layer = Linear(self._empty(outputs, inputs), bias)
+        self._made.append(layer)
+        return layer
+
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self.device)
+
+
+def _fill_columns(target: Tensor, order: Tensor | None, tensor: Tensor) -> None:
+    target.copy_(tensor if order is None else tensor[:, order])
+
+
+def _fill_rows(layer: AnyLinear, begin: int, order: Tensor | None, tensor: Tensor) -> None:
+    layer.fill(begin, tensor if order is None else tensor[order])
 
 
 def _fill(target: Tensor, order: Tensor | None, tensor: Tensor) -> None:

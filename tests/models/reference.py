@@ -14,10 +14,14 @@ from petalnode.models.span import RowSlice, Span
 
 
 def load_reference(path: Path, dtype: str = "float32") -> Any:
-    """Return transformers' model."""
-    from transformers import AutoModelForCausalLM
+    """Return transformers' model; with its own attention where the usual one leaves caps out."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    config = AutoConfig.from_pretrained(path)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"
+    which = getattr(torch, dtype)
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=which).eval()
 
 
 @torch.inference_mode()

@@ -137,8 +137,8 @@ def test_missing_keys(key: str) -> None:
 
 
 def test_scaling_that_is_not_supported() -> None:
-    with pytest.raises(ModelError, match=r"'yarn' is not supported.*llama3"):
-        read(rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(ModelError, match=r"'dynamic' is not supported.*llama3"):
+        read(rope_scaling={"type": "dynamic", "factor": 4.0})
     with pytest.raises(ModelError, match="high_freq_factor"):
         read(rope_scaling=LLAMA3 | {"high_freq_factor": 0.5})
     with pytest.raises(ModelError, match="original_max_position_embeddings"):

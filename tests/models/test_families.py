@@ -41,5 +41,5 @@ def test_greedy_tokens(model: tuple[Path, Any]) -> None:
 def test_bfloat16(model: tuple[Path, Any]) -> None:
     """Not further from float32 than 1.25 times what transformers in bfloat16 is."""
     path, exact = model
-    ours, theirs = parity.bfloat16_error(path, exact, load_reference(path, "bfloat16"))
+    ours, theirs = parity.half_error(path, exact, load_reference(path, "bfloat16"))
     assert 0 < ours < 1.25 * theirs
