@@ -168,10 +168,12 @@ class Checkpoint:
 
     def _read_index(self) -> dict[str, str] | None:
         """Return which shard holds each tensor, or None where all are in one file."""
+        if self._source.has(SINGLE):  # which transformers too reads before an index beside it
+            return None
         index = self._json(INDEX, MAX_INDEX_BYTES)
         if index is not None:
             return _index_map(index)
-        pickled = None if self._source.has(SINGLE) else self._source.pickled_weights()
+        pickled = self._source.pickled_weights()
         if pickled is not None:
             raise ModelError(
                 f"{self._source} has only pickled weights ({pickled}), which could run any code.",

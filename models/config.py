@@ -207,6 +207,11 @@ def common_fields(
 
     `whole_heads`: all heads together must be as wide as the hidden state.
     """
+    if not read.flag("is_causal", True):
+        raise invalid("is_causal", False, "true for a model that writes text")
+    if read.config.get("per_layer_config"):
+        wanted = "missing: petalnode builds all blocks by the same sizes"
+        raise invalid("per_layer_config", read.config["per_layer_config"], wanted)
     hidden_size = read.size(hidden, MAX_HIDDEN_SIZE)
     num_heads = read.size(heads, MAX_HEADS)
     num_kv_heads = read.size(kv_heads, MAX_HEADS, default=num_heads)

@@ -44,6 +44,18 @@ class RowCache:
         capacity = self._blocks[0][1].shape[1]
         return capacity if length <= capacity else max(length, MIN_TOKENS, capacity * 3 // 2)
 
+    def copy(self) -> "RowCache":
+        """Return another row with the same tokens and as much memory."""
+        _, heads, _, size = self._blocks[0][0].shape
+        like = self._blocks[0][0]
+        other = RowCache(self.start, self.end, heads, size, like.dtype, like.device)
+        other.length = self.length
+        for block, (memory, _, _) in enumerate(self._blocks):
+            kept = torch.empty_like(memory)
+            kept[:, :, : self.length].copy_(memory[:, :, : self.length])
+            other._blocks[block] = (kept, kept[0], kept[1])
+        return other
+
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on. Costs nothing, keeps the memory."""
         if not 0 <= length <= self.length:

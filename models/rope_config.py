@@ -50,18 +50,19 @@ def read_rope(
 ) -> RopeConfig:
     """Return the rotary embedding of a parsed config.json. Raises `ModelError`.
 
-    `partial`: in this family only the first numbers of each head may turn.
+    As in transformers, `rope_scaling` replaces `rope_parameters`, and an original context that
+    stands outside of them replaces theirs. `partial`: in this family only the first numbers of each
+    head may turn.
     """
-    merged: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(key)
-        if scaling is None:
-            continue
-        if not isinstance(scaling, Mapping):
-            raise invalid(key, scaling, "an object")
-        merged |= {k: v for k, v in scaling.items() if v is not None}
-    for key in ("partial_rotary_factor", "max_position_embeddings"):
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    scaling = config.get(key) or {}
+    if not isinstance(scaling, Mapping):
+        raise invalid(key, scaling, "an object")
+    merged = {k: v for k, v in scaling.items() if v is not None}
+    for key in ("rope_theta", "partial_rotary_factor", "max_position_embeddings"):
         merged.setdefault(key, config.get(key))
+    if config.get("original_max_position_embeddings") is not None:
+        merged["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     rope = rope_from(merged, head_dim, kinds=kinds)
     if rope.dim != head_dim and not partial:
         raise invalid("partial_rotary_factor", rope.dim / head_dim, "1, as in all of this family")

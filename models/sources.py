@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from petalnode.errors import ModelError
+from petalnode.errors import ModelError, UsageError
 from petalnode.models.digests import file_sha256
 
 DEMO = "demo"
@@ -89,10 +89,17 @@ class Directory:
 
 
 def find_source(model: str, revision: str | None, cache_dir: str | Path | None) -> Source:
-    """Return where MODEL is. Raises `ModelError` when it is neither a directory nor a hub id."""
+    """Return where MODEL is. Raises `ModelError` when it is neither a directory nor a hub id.
+
+    Raises `UsageError` for a revision of what has none, or two revisions of one repo.
+    """
+    path = Path(model).expanduser()
+    if revision is not None and (model == DEMO or path.is_dir()):
+        raise UsageError(
+            f"{model} is not a hub repo and has no revision {revision!r}.", "Leave --revision out."
+        )
     if model == DEMO:
         return Directory(Path(str(resources.files("petalnode.demo"))), "The bundled demo model")
-    path = Path(model).expanduser()
     if path.is_dir():
         return Directory(path)
     if path.is_file():
@@ -102,6 +109,11 @@ def find_source(model: str, revision: str | None, cache_dir: str | Path | None) 
         raise ModelError(
             f"There is no directory {model!r}.",
             'Give a model directory, a Hugging Face repo as "org/name", or "demo".',
+        )
+    if revision is not None and match["revision"] not in (None, revision):
+        raise UsageError(
+            f"Two revisions are asked for: {match['revision']!r} in {model!r}, and {revision!r}.",
+            "Name one of them.",
         )
     from petalnode.models.hub import HubRepo
 

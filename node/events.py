@@ -33,11 +33,45 @@ class Listening(Event):
 
 
 @dataclass(frozen=True)
+class Memory(Event):
+    """How many blocks the free memory holds, and why; sizes in bytes.
+
+    ``free`` on the device; ``loading`` is kept for one block while it is read, ``kv`` for attention
+    caches and activations; a ``block`` takes at most so much; ``fits`` of the model's ``of`` blocks
+    go into the rest, and ``blocks`` are chosen, or were asked for. ``left_dense``: matrices of a
+    block that cannot be quantized, because their rows are no multiple of 64 numbers.
+    """
+
+    event = "memory"
+    device: str
+    dtype: str
+    quant: str
+    free: int
+    loading: int
+    kv: int
+    block: int
+    fits: int
+    blocks: int
+    of: int
+    left_dense: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Loading(Event):
     """``done`` of ``total`` bytes of the blocks' weights are loaded."""
 
     event = "loading"
     blocks: tuple[int, int]
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Downloading(Event):
+    """``done`` of ``total`` bytes that are missing here are downloaded; ``file`` is under way."""
+
+    event = "downloading"
+    file: str
     done: int
     total: int
 
@@ -59,6 +93,17 @@ class Draining(Event):
     """The node takes no new sessions; ``sessions`` are still open."""
 
     event = "draining"
+    sessions: int
+
+
+@dataclass(frozen=True)
+class Moving(Event):
+    """The node will hold the blocks ``to`` instead, where the swarm needs it more. First it waits
+    until its ``sessions`` have ended; if they do not, it stays. ``ready`` follows."""
+
+    event = "moving"
+    blocks: tuple[int, int]
+    to: tuple[int, int]
     sessions: int
 
 
@@ -93,6 +138,17 @@ class Route(Event):
 
     event = "route"
     hops: Sequence[HopInfo]
+
+
+@dataclass(frozen=True)
+class Recovered(Event):
+    """Hops were lost, others took over, and the text goes on. ``position``: of the next token."""
+
+    event = "recovered"
+    position: int
+    lost: Sequence[str]
+    stall_ms: float
+    replayed_tokens: int
 
 
 @dataclass(frozen=True)

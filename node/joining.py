@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 from petalnode.errors import PeerError, PeerUnreachable, SwarmMismatch
 from petalnode.models.checkpoint import Checkpoint
@@ -36,13 +36,13 @@ def parse_joins(joins: Sequence[str]) -> list[Invite | str]:
     return [parse_join(join) for join in joins]
 
 
-def known_network(joins: Sequence[Invite | str], checkpoint: Checkpoint) -> str | None:
+def known_network(joins: Sequence[Invite | str], checkpoint: Checkpoint, rng: Random) -> str | None:
     """The network id if it is known without asking: a founder makes it, an invite carries it.
 
     Raises ``SwarmMismatch`` for an invite to another model.
     """
     if not joins:
-        return secrets.token_hex(NETWORK_ID_BYTES)
+        return rng.randbytes(NETWORK_ID_BYTES).hex()
     networks = set()
     for invite in joins:
         if isinstance(invite, Invite):

@@ -12,7 +12,6 @@ to the swarm, closes sessions, then gossip, then the host.
 from __future__ import annotations
 
 import ipaddress
-import time
 from collections.abc import AsyncIterator
 from contextlib import (
     AbstractAsyncContextManager,
@@ -28,14 +27,16 @@ from pathlib import Path
 import torch
 import trio
 
-from petalnode.compute import ComputeThread
 from petalnode.errors import NoRoute, PeerError, UsageError
-from petalnode.events import Draining, HopInfo, Listening, Ready, Report, Route, ignore
+from petalnode.events import Downloading, Listening, Report, ignore
+from petalnode.holding import Holding, Terms, dtype_name
 from petalnode.joining import join_swarm, known_network, parse_joins, public_name
+from petalnode.machine import Machine
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 from petalnode.models.client import ClientParts
 from petalnode.models.devices import pick_device, pick_dtype
 from petalnode.models.loading import load_client
+from petalnode.models.quantize import check_quant
 from petalnode.models.tokenizer import Tokenizer
 from petalnode.nurseries import plain_errors
 from petalnode.p2p.frames import FrameStream
@@ -43,26 +44,21 @@ from petalnode.p2p.host import Host, open_host
 from petalnode.p2p.identity import Identity, acquire_identity, new_identity
 from petalnode.p2p.invite import Invite
 from petalnode.p2p.memory import memory_frame_pair
+from petalnode.placing import Balancer, choose_span
 from petalnode.protocol import HOP_PROTOCOL
-from petalnode.routing.announcement import (
-    MAX_ADDRS,
-    MAX_KV_TOKENS,
-    MAX_NAME_BYTES,
-    Announcement,
-    State,
-)
+from petalnode.replacing import SessionReplacements, route_event
+from petalnode.reunion import seek_friends
+from petalnode.routing.announcement import MAX_ADDRS, MAX_KV_TOKENS, MAX_NAME_BYTES
 from petalnode.routing.chain import Hop
-from petalnode.routing.placement import choose_window
-from petalnode.serving.service import SpanService, Throughput, blocks_that_fit, load_service
-from petalnode.session.chain import Chain, open_chain
-from petalnode.session.session import Session
-from petalnode.swarm import TTL_S, Swarm, open_swarm
+from petalnode.routing.costs import ANYTHING
+from petalnode.serving.memory_plan import plan_memory
+from petalnode.serving.service import SpanService, free_memory
+from petalnode.session.chain import Chain, ChainSetup, open_chain
+from petalnode.session.session import IdsSource, Session
+from petalnode.swarm import Swarm, open_swarm
 
 MAX_CHAINS_TRIED = 4
 """Chains that a session tries when hops refuse or cannot be reached."""
-DRAIN_DEADLINE_S = 60.0
-"""How long a draining node waits for its sessions to end."""
-GOODBYE_DEADLINE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,7 @@ class NodeOptions:
     num_blocks: int | None = 0
     device: str = "auto"
     dtype: str = "auto"
+    quant: str = "none"
     kv_tokens: int | None = None
     host: str = "0.0.0.0"
     port: int = 0
@@ -131,20 +128,20 @@ class Node:
         nursery: trio.Nursery,
         device: torch.device,
         report: Report,
+        machine: Machine,
     ) -> None:
         self.checkpoint = checkpoint
         self.options = options
         self.swarm = swarm
-        self.service: SpanService | None = None
         self._host = host
         self._nursery = nursery
         self._report = report
-        self._compute = ComputeThread()
+        self._machine = machine
+        self._compute = machine.compute()
         self._device = device
         self._dtype = pick_dtype(options.dtype, checkpoint.config.dtype, self._device)
-        self._blocks: tuple[int, int] | None = None
-        self._state: State = "joining"
-        self._seq = time.time_ns() // 1000
+        self._holding = self._empty_holding()
+        self._balancing = trio.CancelScope()
         self._client: ClientParts | None = None
         self._tokenizer: Tokenizer | None = None
         self._loading_client = trio.Lock()
@@ -162,7 +159,12 @@ class Node:
     @property
     def blocks(self) -> tuple[int, int] | None:
         """The span ``[start, end)`` that this node holds, if any."""
-        return self._blocks
+        return self._holding.blocks
+
+    @property
+    def service(self) -> SpanService | None:
+        """What serves them, once they are loaded."""
+        return self._holding.service
 
     @property
     def invite(self) -> str:
@@ -192,20 +194,18 @@ class Node:
         assert self._client is not None
         assert self._tokenizer is not None
         async with AsyncExitStack() as stack:
-            chain = await self._open_chain(stack, report)
-            yield Session(chain, self._client, self._tokenizer, self._compute)
+            source = IdsSource(self._client, self._compute)
+            chain = await self._open_chain(stack, source, report)
+            yield Session(chain, source, self._tokenizer, self._compute)
 
     async def drain(self) -> None:
         """Take no new sessions, tell the swarm, wait until those here end or the deadline."""
-        if self.service is None:
-            return
-        self.service.server.draining = True
-        self._report(Draining(self.service.server.sessions))
-        await self._publish("draining")
-        with trio.move_on_after(DRAIN_DEADLINE_S):
-            await self.service.server.wait_idle()
+        self._balancing.cancel()
+        await self._holding.drain()
 
-    async def _open_chain(self, stack: AsyncExitStack, report: Report) -> Chain:
+    async def _open_chain(
+        self, stack: AsyncExitStack, source: IdsSource, report: Report
+    ) -> Chain:
         refused: dict[str, PeerError] = {}
         while True:
             try:
@@ -215,68 +215,95 @@ class Node:
                     raise next(reversed(refused.values())) from None
                 raise
             try:
-                chain = await stack.enter_async_context(self._chain(hops))
+                chain = await stack.enter_async_context(self._chain(hops, source, report))
             except PeerError as error:
                 self.swarm.note_failure(error)
                 if error.peer_id in refused or len(refused) + 1 >= MAX_CHAINS_TRIED:
                     raise
                 refused[error.peer_id] = error
                 continue
-            report(Route([hop_info(hop) for hop in hops]))
+            report(route_event(hops))
             return chain
 
-    def _chain(self, hops: tuple[Hop, ...]) -> AbstractAsyncContextManager[Chain]:
-        addrs = {a.peer_id: a.addrs for a in self.swarm.live()}
-        for peer_id, known in addrs.items():
-            self._host.learn(peer_id, known)
-        return open_chain(
-            self,
-            hops,
+    def _chain(
+        self, hops: tuple[Hop, ...], source: IdsSource, report: Report
+    ) -> AbstractAsyncContextManager[Chain]:
+        for record in self.swarm.live():
+            self._host.learn(record.peer_id, record.addrs)
+        setup = ChainSetup(
+            opener=self,
+            client=self.peer_id,
             fingerprint=self.checkpoint.fingerprint,
             hidden_size=self.checkpoint.config.hidden_size,
-            addrs=addrs,
+            source=source,
+            replacements=SessionReplacements(self.swarm, ANYTHING, self._host.learn, report),
         )
+        return open_chain(setup, hops)
 
     async def _load_client(self) -> None:
         """Embeddings, norm, head and tokenizer, once."""
         async with self._loading_client:
             if self._client is None:
-                self._tokenizer = self.checkpoint.tokenizer()
+                self._tokenizer = await self._compute.run(self.checkpoint.tokenizer)
+                load = partial(load_client, self.checkpoint, dtype=self._dtype)
                 self._client = await self._compute.run(
-                    partial(load_client, self.checkpoint, dtype=self._dtype, device=self._device)
+                    partial(load, device=self._device, fetching=self._fetching)
                 )
 
-    async def _serve(self) -> None:
-        """Choose a span, load it, and serve it until the node closes."""
-        self._blocks = self._choose_blocks()
-        await self._publish("joining")
-        self.service = await load_service(
-            self.checkpoint,
-            self._blocks,
+    def _fetching(self, file: str, done: int, total: int) -> None:
+        self._compute.tell(lambda: self._report(Downloading(file, done, total)))
+
+    def _empty_holding(self) -> Holding:
+        options, host = self.options, self._host
+        terms = Terms(
+            checkpoint=self.checkpoint,
+            peer_id=host.peer_id,
+            addrs=host.addrs,
+            name=options.name,
             dtype=self._dtype,
             device=self._device,
-            kv_tokens=self.options.kv_tokens,
-            compute=self._compute,
-            connect=self._connect,
-            report=self._report,
+            quant=options.quant,
+            kv_tokens=options.kv_tokens,
+            pinned=options.blocks is not None,
         )
-        self._nursery.start_soon(self.service.engine.serve)
-        self._host.serve(HOP_PROTOCOL, self.service.server.handle)
-        await self._publish("online")
-        self._nursery.start_soon(self.swarm.beat, self._announcement)
-        throughput = {
-            "decode": self.service.throughput.decode,
-            "forward": self.service.throughput.forward,
-        }
-        name, memory = self.checkpoint.name, self.service.memory()
-        self._report(Ready(self.peer_id, self._blocks, name, throughput, memory))
+        return Holding(
+            terms,
+            self.swarm,
+            self._machine,
+            self._compute,
+            self._connect,
+            self._nursery,
+            self._report,
+        )
 
-    def _choose_blocks(self) -> tuple[int, int]:
-        config = self.checkpoint.config
-        if self.options.blocks is not None:
-            return self.options.blocks
-        size = self.options.num_blocks or blocks_that_fit(config, self._dtype, self._device)
-        return choose_window(self.swarm.others(), config.num_blocks, size)
+    async def _serve(self) -> None:
+        """Choose a span, load it, and serve it, or another, until the node closes."""
+        size, pinned = self._plan_blocks(), self.options.blocks
+        if pinned is not None:
+            await self._holding.intend(pinned)
+        else:
+            await choose_span(self._holding, self.swarm, size, self._machine.rng)
+        self._host.serve(HOP_PROTOCOL, self._holding.handle)
+        await self._holding.load()
+        if pinned is None:
+            self._nursery.start_soon(self._balance)
+
+    async def _balance(self) -> None:
+        with self._balancing:
+            await Balancer(self._holding, self.swarm, self._machine.rng).run()
+
+    def _plan_blocks(self) -> int:
+        """How many blocks: as asked for, or as many as fit; says why."""
+        pinned = self.options.blocks
+        plan = plan_memory(
+            self.checkpoint.config,
+            free_memory(self._device),
+            dtype=dtype_name(self._dtype),
+            quant=self.options.quant,
+            wanted=pinned[1] - pinned[0] if pinned else self.options.num_blocks or None,
+        )
+        self._report(plan)
+        return plan.blocks
 
     async def _connect(self, peer_id: str, addrs: tuple[str, ...], protocol: str) -> FrameStream:
         self._host.learn(peer_id, addrs)
@@ -285,47 +312,11 @@ class Node:
     async def _serve_local(self, stream: FrameStream) -> None:
         """What the host does for streams from outside: an error costs that stream alone."""
         try:
-            if self.service is not None:
-                await self.service.server.handle(stream)
+            await self._holding.handle(stream)
         except (PeerError, trio.TooSlowError):
             pass
         finally:
             stream.reset()
-
-    async def _publish(self, state: State) -> None:
-        self._state = state
-        await self.swarm.publish(self._announcement())
-
-    def _announcement(self) -> Announcement:
-        """What this node says about itself now; each call takes a new sequence number."""
-        assert self._blocks is not None
-        self._seq += 1
-        service = self.service
-        throughput = service.throughput if service else Throughput()
-        return Announcement(
-            peer_id=self.peer_id,
-            name=self.options.name,
-            fingerprint=self.checkpoint.fingerprint,
-            start=self._blocks[0],
-            end=self._blocks[1],
-            state=self._state,
-            decode_tps=throughput.decode,
-            forward_tps=throughput.forward,
-            kv_tokens_free=service.budget.tokens_free if service else 0,
-            queue_depth=service.engine.queue_depth if service else 0,
-            dtype=str(self._dtype).removeprefix("torch."),
-            max_context=self.checkpoint.config.max_positions,
-            addrs=self._host.addrs[:MAX_ADDRS],
-            seq=self._seq,
-            issued_at=time.time(),
-            ttl_s=TTL_S,
-        )
-
-    async def _say_goodbye(self) -> None:
-        if self._blocks is None:
-            return
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_DEADLINE_S):
-            await self._publish("offline")
 
 
 def make_invite(host: Host, checkpoint: Checkpoint, network: str) -> str:
@@ -334,48 +325,57 @@ def make_invite(host: Host, checkpoint: Checkpoint, network: str) -> str:
     return Invite(network, name, fingerprint, host.addrs[:MAX_ADDRS]).encode()
 
 
-def hop_info(hop: Hop) -> HopInfo:
-    """A hop as events show it."""
-    rtt_ms = None if hop.rtt_s is None else hop.rtt_s * 1000
-    return HopInfo(hop.peer_id, (hop.start, hop.end), rtt_ms)
-
-
 @asynccontextmanager
 async def open_node(
-    model: str | Checkpoint, options: NodeOptions | None = None, report: Report = ignore
+    model: str | Checkpoint,
+    options: NodeOptions | None = None,
+    report: Report = ignore,
+    *,
+    machine: Machine | None = None,
 ) -> AsyncIterator[Node]:
     """Join or found the swarm of ``model`` (MODEL as on the command line, or an open checkpoint).
 
     A serving node is ready when the body starts. Raises ``ModelError``, ``UsageError``,
-    ``ListenError``, ``SwarmMismatch`` or ``PeerUnreachable``. ``report`` gets what happens.
+    ``ListenError``, ``SwarmMismatch`` or ``PeerUnreachable``. ``report`` gets what happens;
+    a simulator brings its ``machine``.
     """
-    options = options or NodeOptions()
+    options, machine = options or NodeOptions(), machine or Machine()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     check_blocks(checkpoint, options)
     device = pick_device(options.device)
+    check_quant(options.quant, device)
     joins = parse_joins(options.join)
-    network = known_network(joins, checkpoint)
+    network = known_network(joins, checkpoint, machine.rng)
     with plain_errors():
         async with AsyncExitStack() as stack:
-            identity = stack.enter_context(node_identity(options))
+            identity = stack.enter_context(node_identity(options, machine))
             host = await stack.enter_async_context(
-                open_host(identity, listen=options.listen, announce=options.announce)
+                open_host(
+                    identity,
+                    listen=options.listen,
+                    announce=options.announce,
+                    transport=machine.transport,
+                    tap=machine.tap,
+                )
             )
             if network is not None and options.serves:
                 report(listening(host, checkpoint, network))
             joined = await join_swarm(host, joins, network, checkpoint.fingerprint)
             if network is None and options.serves:
                 report(listening(host, checkpoint, joined.network))
-            swarm = await stack.enter_async_context(open_swarm(host, identity, checkpoint, joined))
+            swarm = await stack.enter_async_context(
+                open_swarm(host, identity, checkpoint, joined, machine)
+            )
             nursery = await stack.enter_async_context(trio.open_nursery())
-            node = Node(checkpoint, options, host, swarm, nursery, device, report)
-            nursery.start_soon(swarm.keep_mesh)
+            node = Node(checkpoint, options, host, swarm, nursery, device, report, machine)
+            nursery.start_soon(swarm.run)
+            nursery.start_soon(seek_friends, host, swarm)
             try:
                 if options.serves:
                     await node._serve()
                 yield node
             finally:
-                await node._say_goodbye()
+                await node._holding.leave()
                 nursery.cancel_scope.cancel()
 
 
@@ -390,8 +390,10 @@ def check_blocks(checkpoint: Checkpoint, options: NodeOptions) -> None:
         )
 
 
-def node_identity(options: NodeOptions) -> AbstractContextManager[Identity]:
+def node_identity(options: NodeOptions, machine: Machine) -> AbstractContextManager[Identity]:
     """The key a node runs under: a client that names no file gets a fresh one."""
+    if machine.identity is not None:
+        return nullcontext(machine.identity)
     if options.identity is None and not options.serves:
         return nullcontext(new_identity())
     return acquire_identity(options.identity)

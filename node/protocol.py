@@ -2,24 +2,33 @@
 
 A hop is opened by its client on a **control** stream, which stays open as long as the session does:
 
-    client → hop   open(session, fingerprint, blocks, rows, sender)   → opened | refused(code, why)
-    client → hop   link(peer, addrs)     push outputs to that peer    → linked | error
-    client → hop   step(seq, segments) + hidden [T, H]                where the client is the sender
-    hop → client   out(seq, segments)  + hidden [W, H]                where nobody was linked
-    hop → client   error(code, why, peer)                             what went wrong, and with whom
+    client → hop   open(session, fingerprint, blocks, rows, sender)  → opened | refused(code, why)
+    client → hop   link(peer, session, replay, …)   push outputs to that peer → linked | error
+    client → hop   expect(peer)                      be fed by that peer       → expecting
+    client → hop   where()                           which steps came and went → at
+    client → hop   reach(lengths)                    tell when rows are so long → reached
+    hop → client   out(seq, segments) + hidden [W, H]      where nobody was linked: the last hop
+    hop → client   through(seq, …)    + hidden [T, H]      where the client relays to the next hop
+    hop → client   error(code, why, session)               what went wrong, on which link
+    hop → client   draining()                              it is about to leave
 
-The sender of a hop that is not the client uses a **feed** stream: ``feed(session) → fed``, then
-``step`` frames. A step carries segments ``(row, position, n, want)``: ``n`` tokens that extend that
-row at ``position``, or first truncate the row to it (design.md section 5: indexed by position,
-idempotent). ``want`` is how many of the segment's last outputs the client needs; the last hop
-returns just those, the others pass everything on. ``seq`` is the client's own count and comes back
-with the output.
+Steps come on a **feed** stream that the hop's sender opens, the client or the previous hop:
+``feed(session) → fed``, then ``step`` frames. A step carries segments ``(row, position, n, want)``:
+``n`` tokens that extend that row at ``position``, or first truncate the row to it (design.md
+section 5: indexed by position, idempotent). ``want`` is how many of the segment's last outputs the
+client needs; the last hop returns just those, the others pass everything on. ``seq`` is the
+client's own count and comes back with the output; nobody awaits a step of seq 0. ``order``
+rearranges rows before the step, once: row i goes on from what row ``order[i]`` was.
+
+Every sender remembers what it sent, by position (`petalnode.replay`). A link says what its
+receiver lacks: rows from ``start`` on, up to ``committed``, in chunks of seq 0; then those of the
+``pending`` steps that the sender has computed already, as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 HOP_PROTOCOL = "/petalnode/hop/1"
@@ -35,6 +44,9 @@ MAX_TEXT = 512
 MAX_BLOCKS = 4096
 MAX_POSITION = 1 << 24
 MAX_SEQ = 1 << 48
+MAX_PENDING = 64
+"""Steps that a chain may have under way at once."""
+MAX_TOOK_US = 1 << 40
 
 
 def max_payload_bytes(hidden_size: int) -> int:
@@ -100,41 +112,40 @@ class Open:
 
 
 @dataclass(frozen=True)
-class Link:
-    """Push this session's outputs to ``peer`` from now on."""
-
-    peer: str
-    addrs: tuple[str, ...]
-
-    def to_wire(self) -> dict[str, Any]:
-        return {"type": "link", "peer": self.peer, "addrs": list(self.addrs)}
-
-    @classmethod
-    def parse(cls, header: Mapping[str, Any]) -> Link:
-        addrs = header.get("addrs")
-        if not isinstance(addrs, list) or len(addrs) > MAX_ADDRS:
-            raise BadMessage("addrs is not a short list")
-        return cls(text(header.get("peer")), tuple(text(addr) for addr in addrs))
-
-
-@dataclass(frozen=True)
 class Step:
-    """Hidden states of ``segments``, in order, in the frame's one tensor."""
+    """Hidden states of ``segments``, in order, in the frame's one tensor.
+
+    ``took`` has the microseconds that each hop so far needed, its queue included. ``as_of``, in a
+    replay, is the last step whose ``order`` its rows have gone through already.
+    """
 
     seq: int
     segments: tuple[Segment, ...]
     type: str = "step"
+    order: tuple[int, ...] = ()
+    took: tuple[int, ...] = ()
+    as_of: int = 0
 
     @property
     def tokens(self) -> int:
         return sum(segment.n for segment in self.segments)
 
+    def passed(self, took_us: int) -> Step:
+        """The step as it leaves a hop that needed so long."""
+        return replace(self, took=(*self.took, min(took_us, MAX_TOOK_US)))
+
     def to_wire(self) -> dict[str, Any]:
-        return {
+        wire: dict[str, Any] = {
             "type": self.type,
             "seq": self.seq,
             "segments": [segment.to_wire() for segment in self.segments],
+            "took": list(self.took),
         }
+        if self.order:
+            wire["order"] = list(self.order)
+        if self.as_of:
+            wire["as_of"] = self.as_of
+        return wire
 
     @classmethod
     def parse(cls, header: Mapping[str, Any], rows: int) -> Step:
@@ -144,10 +155,79 @@ class Step:
         segments = tuple(parse_segment(entry, rows) for entry in entries)
         if len({segment.row for segment in segments}) != len(segments):
             raise BadMessage("a row comes twice")
-        step = cls(whole(header.get("seq"), 0, MAX_SEQ), segments)
+        order = wholes(header.get("order", []), MAX_ROWS, rows - 1)
+        if order and len(order) != rows:
+            raise BadMessage("order does not name a row for each row")
+        step = cls(
+            whole(header.get("seq"), 0, MAX_SEQ),
+            segments,
+            order=order,
+            took=wholes(header.get("took", []), MAX_BLOCKS, MAX_TOOK_US),
+            as_of=whole(header.get("as_of", 0), 0, MAX_SEQ),
+        )
         if step.tokens > MAX_STEP_TOKENS:
             raise BadMessage(f"{step.tokens} tokens in one step, over {MAX_STEP_TOKENS}")
         return step
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a receiver lacks: of each row the positions [start, committed), then pending steps."""
+
+    start: tuple[int, ...]
+    committed: tuple[int, ...]
+    pending: tuple[Step, ...] = ()
+
+    def to_wire(self) -> list[Any]:
+        return [list(self.start), list(self.committed), [step.to_wire() for step in self.pending]]
+
+    @classmethod
+    def parse(cls, entry: object, rows: int) -> Replay:
+        if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[2], list):
+            raise BadMessage("replay is not start, committed, pending")
+        start, committed = (wholes(part, MAX_ROWS, MAX_POSITION) for part in entry[:2])
+        if len(start) != rows or len(committed) != rows or len(entry[2]) > MAX_PENDING:
+            raise BadMessage("replay does not fit the session's rows")
+        if not all(isinstance(header, dict) for header in entry[2]):
+            raise BadMessage("a pending step is not one")
+        return cls(start, committed, tuple(Step.parse(header, rows) for header in entry[2]))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Push this session's outputs to the ``session`` at ``peer``; without one, through the client.
+
+    A ``spare`` link only brings the peer up to date; outputs go on where they went.
+    """
+
+    peer: str | None
+    session: bytes
+    addrs: tuple[str, ...]
+    replay: Replay
+    spare: bool = False
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "type": "link",
+            "peer": self.peer,
+            "session": self.session,
+            "addrs": list(self.addrs),
+            "replay": self.replay.to_wire(),
+            "spare": self.spare,
+        }
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any], rows: int) -> Link:
+        addrs, peer = header.get("addrs"), header.get("peer")
+        if not isinstance(addrs, list) or len(addrs) > MAX_ADDRS:
+            raise BadMessage("addrs is not a short list")
+        return cls(
+            None if peer is None else text(peer),
+            session_id(header),
+            tuple(text(addr) for addr in addrs),
+            Replay.parse(header.get("replay"), rows),
+            header.get("spare") is True,
+        )
 
 
 def parse_segment(entry: object, rows: int) -> Segment:
@@ -162,6 +242,13 @@ def parse_segment(entry: object, rows: int) -> Segment:
     )
 
 
+def wholes(value: object, most: int, high: int) -> tuple[int, ...]:
+    """At most ``most`` integers in ``[0, high]``, or BadMessage."""
+    if not isinstance(value, list) or len(value) > most:
+        raise BadMessage("a list of numbers is not one, or too long")
+    return tuple(whole(number, 0, high) for number in value)
+
+
 def feed_wire(session: bytes) -> dict[str, Any]:
     """The first frame on a feed stream."""
     return {"type": "feed", "session": session}
@@ -172,9 +259,9 @@ def refusal_wire(code: str, why: str) -> dict[str, Any]:
     return {"type": "refused", "code": code, "why": why}
 
 
-def error_wire(code: str, why: str, peer: str = "") -> dict[str, Any]:
-    """Tell the client what went wrong; ``peer`` names who is to blame, if anybody."""
-    return {"type": "error", "code": code, "why": why[:MAX_TEXT], "peer": peer}
+def error_wire(code: str, why: str, session: bytes = b"") -> dict[str, Any]:
+    """Tell the client what went wrong; ``session`` names the link that it is about, if any."""
+    return {"type": "error", "code": code, "why": why[:MAX_TEXT], "session": session}
 
 
 def session_id(header: Mapping[str, Any]) -> bytes:

@@ -1,52 +1,73 @@
-"""What a node knows of its swarm and tells it: view, mesh, round trips, its own announcement.
+"""What a node knows of its swarm: view, distances, health, speeds, and so the choice of chains.
 
-Task tree: ``keep_mesh`` and ``beat`` run in the node's nursery; the gossip transport has its own.
+Task tree: ``run`` (``probing``) and ``beat`` (``announcing``) run in the node's nursery; the gossip
+transport has its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
+from random import Random
 
 import trio
 
+from petalnode.announcing import Announcer
 from petalnode.errors import NoRoute, PeerError, PeerGone, PeerUnreachable
 from petalnode.events import Report, Waiting
 from petalnode.joining import Joined, public_name
+from petalnode.machine import Machine
 from petalnode.models.checkpoint import Checkpoint
 from petalnode.p2p.gossip import Gossip, open_gossip
 from petalnode.p2p.hello import HELLO_PROTOCOL, About, hello_handler
 from petalnode.p2p.host import Host
 from petalnode.p2p.identity import Identity
+from petalnode.probing import Watch
 from petalnode.routing.announcement import Announcement
-from petalnode.routing.chain import Hop, choose_chain
+from petalnode.routing.beats import ANNOUNCED_RTTS, interesting_peers, rtts_to_announce
+from petalnode.routing.chain import Gap, Hop, Route, Router
+from petalnode.routing.costs import ANYTHING, Knowledge, Workload
+from petalnode.routing.explain import explain
+from petalnode.routing.health import PeerHealth
+from petalnode.routing.speeds import SpeedLedger
 from petalnode.routing.view import SwarmView
 
-BEAT_S = 4.0
-"""Between two announcements of a node whose state does not change."""
-TTL_S = 3 * BEAT_S
-"""A node that misses three beats is gone."""
-MESH_PEERS = 8
-"""Connections that a node keeps open for gossip and measuring; sessions open more."""
-MESH_INTERVAL_S = 2.0
-PROBE_DEADLINE_S = 2.0
-"""For connecting to a peer and measuring one round trip before a chain is chosen."""
-MAX_PROBES = 32
+MEASURE_DEADLINE_S = 2.0
+"""For measuring the way to peers before a chain is chosen."""
+MAX_MEASURED = 32
 WAIT_FOR_BLOCKS_S = 20.0
 """How long a session waits for blocks that nobody serves."""
+RETRY_S = 1.0
+"""How often it looks again while nothing changes: bans end."""
+RECHOOSE_S = 600.0
+"""For how long the same round trips are announced."""
 
 
 class Swarm:
     """One node's part in its swarm. Made by ``open_swarm``."""
 
-    def __init__(self, network: str, num_blocks: int, host: Host, gossip: Gossip) -> None:
+    def __init__(
+        self, network: str, num_blocks: int, host: Host, gossip: Gossip, machine: Machine
+    ) -> None:
         self.network = network
+        self.num_blocks = num_blocks
         self.view = view = gossip.view
-        self._num_blocks = num_blocks
+        self.gossip = gossip
+        self.health = PeerHealth()
         self._host = host
-        self._gossip = gossip
+        self._rng: Random = machine.rng
+        self._announcer = Announcer(gossip, machine.rng)
+        self._watch = Watch(
+            host, gossip, lambda: self._announcer.said, machine.rng, machine.wall_clock
+        )
+        self._router = Router(num_blocks)
+        self._decode, self._forward = SpeedLedger(), SpeedLedger()
+        self._wanted: list[str] = []
+        self._chosen_at = 0.0
         self._changed = trio.Event()
         view.on_change = self._wake
+
+    # Who there is
 
     def live(self) -> list[Announcement]:
         """What is announced and not expired."""
@@ -58,83 +79,155 @@ class Swarm:
 
     def rtts(self) -> Mapping[str, float]:
         """Measured round trips in seconds; this node is no distance from itself."""
-        measured = {a.peer_id: self._host.rtt_s(a.peer_id) for a in self.others()}
-        known = {peer_id: rtt for peer_id, rtt in measured.items() if rtt is not None}
-        return {**known, self._host.peer_id: 0.0}
+        return self._watch.rtts()
 
-    async def wait_covered(self, report: Report) -> None:
-        """Until every block is served, with a reason while waiting.
-
-        Raises ``NoRoute``, naming the blocks, after ``WAIT_FOR_BLOCKS_S``.
-        """
-        told: tuple[int, ...] = ()
-        until = trio.current_time() + WAIT_FOR_BLOCKS_S
-        while True:
-            changed = self._changed
-            try:
-                choose_chain(self.live(), self._num_blocks, rtts={})
-                return
-            except NoRoute as no_route:
-                left = until - trio.current_time()
-                if left <= 0:
-                    waited = f"{no_route.cause} Waited {WAIT_FOR_BLOCKS_S:.0f} s for them."
-                    raise NoRoute(waited, no_route.remedy, no_route.missing) from None
-                if no_route.missing != told:
-                    told = no_route.missing
-                    report(Waiting(no_route.cause, left))
-            with trio.move_on_after(left):
-                await changed.wait()
+    def knowledge(self) -> Knowledge:
+        """What this node knows by itself, beyond what the peers say."""
+        now = trio.current_time()
+        return Knowledge(
+            own_id=self._host.peer_id,
+            rtts=self.rtts(),
+            decode_s=self._decode.block_s(now),
+            forward_s=self._forward.block_s(now),
+            banned=self.health.banned(now),
+            suspected=self.gossip.suspicions.suspected(now),
+        )
 
     async def wait_changed(self) -> None:
         """Until the view changes."""
         await self._changed.wait()
 
-    def find_chain(self, exclude: Collection[str] = ()) -> tuple[Hop, ...]:
-        """The best chain there is now, without the peers in ``exclude``. Raises ``NoRoute``."""
-        return choose_chain(self.live(), self._num_blocks, rtts=self.rtts(), exclude=exclude)
+    # Chains
 
-    def note_failure(self, error: PeerError) -> None:
-        """A peer that is gone leaves the view at once; a refusal says nothing against it."""
-        if isinstance(error, PeerGone | PeerUnreachable):
-            self.view.forget(error.peer_id)
+    def find_chain(
+        self,
+        workload: Workload = ANYTHING,
+        *,
+        exclude: Collection[str] = (),
+        gap: Gap | None = None,
+    ) -> tuple[Hop, ...]:
+        """A chain for ``workload`` over the model, or over ``gap``, without those in ``exclude``.
+
+        Sessions that ask alike are spread over chains that are about as good. Raises ``NoRoute``.
+        """
+        return self.find_route(workload, exclude=exclude, gap=gap).hops
+
+    def find_route(
+        self,
+        workload: Workload = ANYTHING,
+        *,
+        exclude: Collection[str] = (),
+        gap: Gap | None = None,
+    ) -> Route:
+        """The same with what it costs."""
+        return self._router.find(
+            self.live(), self.knowledge(), workload, gap=gap, exclude=exclude, rng=self._rng
+        )
+
+    def replacement(
+        self,
+        start: int,
+        end: int,
+        sender: str | None,
+        receiver: str | None,
+        *,
+        exclude: Collection[str] = (),
+        workload: Workload = ANYTHING,
+    ) -> tuple[Hop, ...]:
+        """Hops for blocks ``[start, end)`` of a session that goes on; ``sender`` feeds the first
+        and ``receiver`` takes over from the last, None being this node. Raises ``NoRoute``."""
+        return self.find_chain(workload, exclude=exclude, gap=Gap(start, end, sender, receiver))
+
+    def explain(self, workload: Workload = ANYTHING) -> Mapping[str, str]:
+        """For every peer id: its part in the best chain there is now, or why it has none."""
+        return explain(self._router, self.live(), self.knowledge(), workload)
+
+    async def wait_covered(self, report: Report, workload: Workload = ANYTHING) -> None:
+        """Until there is a chain for ``workload``, with a reason while waiting.
+
+        Raises ``NoRoute``, naming the blocks, after ``WAIT_FOR_BLOCKS_S``.
+        """
+        told = ""
+        until = trio.current_time() + WAIT_FOR_BLOCKS_S
+        while True:
+            changed = self._changed
+            try:
+                self._router.find(self.live(), self.knowledge(), workload)
+                return
+            except NoRoute as no_route:
+                left = until - trio.current_time()
+                if left <= 0:
+                    waited = f"{no_route.cause} Waited {WAIT_FOR_BLOCKS_S:.0f} s for that to end."
+                    raise NoRoute(waited, no_route.remedy, no_route.missing) from None
+                if no_route.cause != told:
+                    told = no_route.cause
+                    report(Waiting(no_route.cause, left))
+            with trio.move_on_after(min(left, RETRY_S)):
+                await changed.wait()
 
     async def probe(self) -> None:
-        """Connect to the peers whose distance is unknown and measure it, all at once."""
+        """Measure the way to peers whose distance is unknown, before a chain is chosen."""
         known = self.rtts()
         unknown = [a for a in self.others() if a.peer_id not in known]
-        with trio.move_on_after(PROBE_DEADLINE_S):
-            async with trio.open_nursery() as nursery:
-                for announcement in unknown[:MAX_PROBES]:
-                    nursery.start_soon(self._measure, announcement)
+        drawn = self._rng.sample(unknown, min(MAX_MEASURED, len(unknown)))
+        await self._watch.measure(drawn, MEASURE_DEADLINE_S)
 
-    async def _measure(self, announcement: Announcement) -> None:
-        try:
-            self._host.learn(announcement.peer_id, announcement.addrs)
-            await self._host.ping(announcement.peer_id)
-        except PeerError:
-            return  # stays unmeasured, which routing takes for far
+    # What became of them
 
-    async def keep_mesh(self) -> None:
-        """Drop what expired, and stay connected to a few peers. Runs for ever."""
-        while True:
-            now = trio.current_time()
-            self.view.expire(now)
-            connected = set(self._host.connected_peers())
-            wanted = [a for a in self.others() if a.peer_id not in connected]
-            for announcement in wanted[: max(0, MESH_PEERS - len(connected))]:
-                with trio.move_on_after(PROBE_DEADLINE_S):
-                    await self._measure(announcement)
-            await trio.sleep(MESH_INTERVAL_S)
+    def note_failure(self, error: PeerError) -> None:
+        """Judge an error: a peer that failed is out of routing from now on, and is probed at once.
+
+        A refusal, and our own fault, are never held against anybody.
+        """
+        if not self.health.note(error, trio.current_time()):
+            return
+        if isinstance(error, PeerGone | PeerUnreachable):
+            self._watch.check(error.peer_id)
+
+    def observe(
+        self, peer_id: str, blocks: int, seconds_per_token: float, *, bulk: bool = False
+    ) -> None:
+        """A peer took so long for a token through ``blocks`` blocks, its queue included.
+
+        It did what it was asked: whatever it had failed at before is forgiven.
+        """
+        ledger = self._forward if bulk else self._decode
+        ledger.observe(peer_id, seconds_per_token / blocks, trio.current_time())
+        self.health.succeeded(peer_id)
+
+    # What we say
+
+    async def run(self) -> None:
+        """Stay connected, measure, find out who died. Runs for ever."""
+        await self._watch.run()
 
     async def beat(self, announce: Callable[[], Announcement]) -> None:
         """Publish what ``announce`` says, again and again. Runs for ever."""
-        while True:
-            await self.publish(announce())
-            await trio.sleep(BEAT_S)
+        await self._announcer.beat(announce)
 
     async def publish(self, announcement: Announcement) -> None:
         """Tell the swarm at once."""
-        await self._gossip.publish(announcement)
+        await self._announcer.publish(announcement)
+
+    @property
+    def ttl_s(self) -> float:
+        """How long a record published now should live."""
+        return self._announcer.ttl_s
+
+    def rtts_to_announce(self) -> Mapping[str, float]:
+        """The measured round trips that our next record should have, as it has them."""
+        said = self._announcer.said
+        if said is None:
+            return {}
+        now, others = trio.current_time(), self.others()
+        alive = {a.peer_id for a in others}
+        self._wanted = [peer_id for peer_id in self._wanted if peer_id in alive]
+        lacking = len(self._wanted) < min(ANNOUNCED_RTTS, len(others))
+        if lacking or now - self._chosen_at >= RECHOOSE_S:
+            self._wanted = interesting_peers(said, others, self.rtts(), self._rng)
+            self._chosen_at = now
+            self._watch.measure_too(self._wanted)
+        return rtts_to_announce(self.rtts(), self._wanted, said.rtts)
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, trio.Event()
@@ -143,7 +236,7 @@ class Swarm:
 
 @asynccontextmanager
 async def open_swarm(
-    host: Host, identity: Identity, checkpoint: Checkpoint, joined: Joined
+    host: Host, identity: Identity, checkpoint: Checkpoint, joined: Joined, machine: Machine
 ) -> AsyncIterator[Swarm]:
     """Take part in gossip, starting from what a contact knew, and answer those who say hello."""
     num_blocks = checkpoint.config.num_blocks
@@ -152,9 +245,11 @@ async def open_swarm(
         identity,
         network=joined.network,
         fingerprint=checkpoint.fingerprint,
-        view=SwarmView(num_blocks),
+        view=SwarmView(num_blocks, rng=machine.rng),
+        wall_clock=machine.wall_clock,
+        rng=machine.rng,
     ) as gossip:
-        gossip.absorb(joined.records)
+        await gossip.absorb_snapshot(joined.records)
         about = About(joined.network, public_name(checkpoint), checkpoint.fingerprint, num_blocks)
         host.serve(HELLO_PROTOCOL, hello_handler(about, gossip.snapshot, gossip.absorb))
-        yield Swarm(joined.network, num_blocks, host, gossip)
+        yield Swarm(joined.network, num_blocks, host, gossip, machine)

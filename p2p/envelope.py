@@ -1,28 +1,31 @@
-"""A signed announcement as bytes: what gossip carries, snapshots repeat and views keep.
+"""A signed announcement or suspicion as bytes: what gossip carries, snapshots repeat, views keep.
 
     64 bytes Ed25519 signature | msgpack map of the record
 
-The signature covers a domain tag and the map, and is checked against the key that the record's own
-``peer_id`` embeds: an envelope needs no further proof, whoever passed it on.
+The signature covers a domain tag and the map, and is checked against the key in the id of the peer
+who speaks (``peer_id`` of an announcement, ``accuser`` of a suspicion): an envelope needs no further
+proof, whoever passed it on. Each kind has its own domain, so none passes for the other.
 """
 
 import msgpack
 
 from petalnode.p2p.identity import SIGNATURE_BYTES, Identity, verify
 from petalnode.routing.announcement import Announcement, InvalidAnnouncement
+from petalnode.routing.suspicion import Suspicion
 
 MAX_RECORD_BYTES = 4096
 _DOMAIN = b"petalnode announcement 1\0"  # no signature made for another purpose fits
+_SUSPICION_DOMAIN = b"petalnode suspicion 1\0"
 _MAX_ITEMS = 64  # in any one list or map of a record
 _MAX_TEXT_BYTES = 256
 
 
-def seal(identity: Identity, announcement: Announcement) -> bytes:
-    """The envelope of our own announcement. Raises InvalidAnnouncement ("size", "signer")."""
-    if announcement.peer_id != identity.peer_id:
+def seal(identity: Identity, said: Announcement | Suspicion) -> bytes:
+    """The envelope of what we say ourselves. Raises InvalidAnnouncement ("size", "signer")."""
+    if _speaker(said) != identity.peer_id:
         raise InvalidAnnouncement("signer", "it is about another peer than the one who signs")
-    body: bytes = msgpack.packb(announcement.to_dict())
-    envelope = identity.sign(_DOMAIN + body) + body
+    body: bytes = msgpack.packb(said.to_dict())
+    envelope = identity.sign(_domain(said) + body) + body
     if len(envelope) > MAX_RECORD_BYTES:
         raise InvalidAnnouncement("size", f"it has {len(envelope)} bytes of {MAX_RECORD_BYTES}")
     return envelope
@@ -33,13 +36,34 @@ def unseal(envelope: bytes) -> Announcement:
 
     Its clock is not checked here, nor does this say that it is news.
     """
+    said = unseal_any(envelope)
+    if not isinstance(said, Announcement):
+        raise InvalidAnnouncement("malformed", "it is no announcement")
+    return said
+
+
+def unseal_any(envelope: bytes) -> Announcement | Suspicion:
+    """The same, of either kind."""
     if not SIGNATURE_BYTES < len(envelope) <= MAX_RECORD_BYTES:
         raise InvalidAnnouncement("size", f"it has {len(envelope)} bytes of {MAX_RECORD_BYTES}")
     signature, body = envelope[:SIGNATURE_BYTES], envelope[SIGNATURE_BYTES:]
-    announcement = Announcement.from_dict(_decode(body))
-    if not verify(announcement.peer_id, _DOMAIN + body, signature):
+    plain = _decode(body)
+    said: Announcement | Suspicion
+    if isinstance(plain, dict) and "accused" in plain:
+        said = Suspicion.from_dict(plain)
+    else:
+        said = Announcement.from_dict(plain)
+    if not verify(_speaker(said), _domain(said) + body, signature):
         raise InvalidAnnouncement("signature", "its signature is not that of the peer it names")
-    return announcement
+    return said
+
+
+def _speaker(said: Announcement | Suspicion) -> str:
+    return said.accuser if isinstance(said, Suspicion) else said.peer_id
+
+
+def _domain(said: Announcement | Suspicion) -> bytes:
+    return _SUSPICION_DOMAIN if isinstance(said, Suspicion) else _DOMAIN
 
 
 def _decode(body: bytes) -> object:

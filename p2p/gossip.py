@@ -1,8 +1,10 @@
-"""Announcements over GossipSub: ours go out signed, others' come in checked, then into the view.
+"""Announcements and suspicions over GossipSub: ours go out signed, others' come in checked.
 
 Topic ``petalnode/1/<network>/<fingerprint>``. A record is checked before it is forwarded: size,
-envelope signature, that its subject published it, fingerprint, clock, and that the view has no
-newer one. Refusals are counted by reason in ``Gossip.refused``.
+envelope signature, that whom it speaks for published it, how often that peer speaks, fingerprint,
+clock, and that the view has no newer one. Announcements go into the view; suspicions to
+``Gossip.suspicions``, and from there to whoever probes. Refusals are counted by reason in
+``Gossip.refused`` (``routing.announcement.refusal_kind`` says what each was).
 """
 
 from __future__ import annotations
@@ -11,21 +13,30 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from random import Random
 from typing import Protocol
 
 import trio
 from libp2p.abc import IHost
-from libp2p.tools.anyio_service import background_trio_service
+from libp2p.peer.id import ID
+from libp2p.tools.anyio_service import Service, TrioManager
 
-from petalnode.p2p.envelope import MAX_RECORD_BYTES, seal, unseal
+from petalnode.p2p.envelope import MAX_RECORD_BYTES, seal, unseal_any
 from petalnode.p2p.identity import Identity
 from petalnode.p2p.pubsub import OneTopicPubsub
+from petalnode.p2p.pubsub_limits import Budgets
 from petalnode.p2p.translate import collapsed
 from petalnode.routing.announcement import Announcement, InvalidAnnouncement, check_clock
+from petalnode.routing.suspicion import Heard, Suspicion, Suspicions
 from petalnode.routing.view import NEWS, Outcome, Sighting, SwarmView
 
 FLUSH_DEADLINE_S = 1.0  # for the last words, such as goodbye, to leave this machine
 SWEEP_INTERVAL_S = 30.0
+PEER_MESSAGES_PER_S = 2.0  # that one peer may publish, in the long run
+PEER_BURST = 24.0
+ABSORBED_AT_ONCE = 16  # records of a snapshot, 5 ms, before others have their turn
+MAX_BURIED = 256  # peers found dead whose accusers are remembered
+_WORTH_TELLING: frozenset[Heard] = frozenset({"suspected", "known"})
 
 WallClock = Callable[[], float]
 """Unix seconds; ``time.time`` outside of tests."""
@@ -45,7 +56,11 @@ def topic_of(network: str, fingerprint: str) -> str:
 
 
 class Gossip:
-    """The records of one swarm, in and out. ``refused`` counts refusals by reason."""
+    """The records of one swarm, in and out. ``refused`` counts refusals by reason.
+
+    ``on_suspect`` is called with the id of a peer that somebody calls dead, ``on_accused`` when it
+    is this node, which should announce itself at once. Neither may block.
+    """
 
     def __init__(
         self,
@@ -55,19 +70,26 @@ class Gossip:
         fingerprint: str,
         view: SwarmView,
         wall_clock: WallClock,
+        rng: Random,
     ) -> None:
         self.view = view
         self.topic = topic
+        self.suspicions = Suspicions(identity.peer_id, view)
+        self.on_suspect: Callable[[str], None] = lambda _peer_id: None
+        self.on_accused: Callable[[], None] = lambda: None
         self._host = host
         self._identity = identity
         self._fingerprint = fingerprint
         self._wall_clock = wall_clock
+        self._buried: dict[str, set[str]] = {}
+        self._speakers = Budgets(PEER_MESSAGES_PER_S, PEER_BURST)
         self.pubsub = OneTopicPubsub(
             host.libp2p,
             topic,
             self._accept,
             first_seqno=int(wall_clock() * 1e6),
             max_data_bytes=MAX_RECORD_BYTES,
+            rng=rng,
         )
 
     @property
@@ -85,26 +107,91 @@ class Gossip:
             raise InvalidAnnouncement(outcome, "our own record does not follow our last one")
         await self.pubsub.publish(self.topic, raw)
 
+    async def accuse(self, suspicion: Suspicion) -> None:
+        """Tell the swarm that we could not reach a peer. Returns when it is queued."""
+        await self.pubsub.publish(self.topic, seal(self._identity, suspicion))
+
+    def bury(self, peer_id: str) -> None:
+        """A peer is dead: it leaves the view at once, and only a newer record brings it back."""
+        if self.view.forget(peer_id):
+            self._buried[peer_id] = set()
+            if len(self._buried) > MAX_BURIED:
+                del self._buried[next(iter(self._buried))]
+
+    def accusers(self, peer_id: str) -> int:
+        """How many others called a peer dead since we buried it."""
+        return len(self._buried.get(peer_id, ()))
+
     def snapshot(self) -> list[Sighting]:
         """All living records as signed, for a node that joins."""
         return self.view.snapshot(trio.current_time())
 
     def absorb(self, sightings: Iterable[Sighting]) -> int:
-        """Take in a snapshot that a contact gave: checked like gossip, never forwarded.
+        """Take in a few records that a peer gave: checked like gossip, never forwarded.
 
-        Returns how many records were news.
+        Returns how many were news.
         """
         outcomes = [self._take(s.raw, age_s=s.age_s) for s in sightings]
         return sum(outcome in NEWS for outcome in outcomes)
 
+    async def absorb_snapshot(self, sightings: Sequence[Sighting]) -> int:
+        """The same for a whole snapshot, while everything else goes on."""
+        news = 0
+        for first in range(0, len(sightings), ABSORBED_AT_ONCE):
+            news += self.absorb(sightings[first : first + ABSORBED_AT_ONCE])
+            await trio.lowlevel.checkpoint()
+        return news
+
     def _accept(self, raw: bytes, publisher: str) -> bool:
+        """Whether to pass on what a peer published."""
+        if not self._speakers.spend(ID.from_string(publisher)):
+            self.refused["flood"] += 1
+            return False
+        try:
+            said = unseal_any(raw)
+            if isinstance(said, Suspicion):
+                return self._hear(said, publisher)
+        except InvalidAnnouncement as error:
+            self.refused[error.reason] += 1
+            return False
         # A duplicate came by snapshot before: those who hear of it through us still need it.
-        outcome = self._take(raw, publisher=publisher)
+        outcome = self._admit(said, raw, publisher=publisher)
         return outcome in NEWS or outcome == "duplicate"
 
-    def _take(self, raw: bytes, *, publisher: str = "", age_s: float = 0.0) -> Outcome | None:
+    def _hear(self, said: Suspicion, publisher: str) -> bool:
+        if publisher != said.accuser:
+            raise InvalidAnnouncement("publisher", "another peer than the accuser published it")
+        said.check_clock(self._wall_clock())
+        if said.accused in self._buried and not self._lives(said.accused):
+            self._buried[said.accused].add(said.accuser)
+            return True  # old news to us, but maybe not to those who hear of it through us
+        heard = self.suspicions.hear(said, trio.current_time())
+        if heard == "suspected":
+            self.on_suspect(said.accused)
+        elif heard == "refute":
+            self.on_accused()
+        elif heard not in _WORTH_TELLING:
+            self.refused[heard] += 1
+        return heard in _WORTH_TELLING
+
+    def _lives(self, peer_id: str) -> bool:
+        return self.view.get(peer_id, trio.current_time()) is not None
+
+    def _take(self, raw: bytes, *, age_s: float = 0.0) -> Outcome | None:
         try:
-            announcement = unseal(raw)
+            said = unseal_any(raw)
+        except InvalidAnnouncement as error:
+            self.refused[error.reason] += 1
+            return None
+        if isinstance(said, Suspicion):
+            self.refused["malformed"] += 1
+            return None
+        return self._admit(said, raw, age_s=age_s)
+
+    def _admit(
+        self, announcement: Announcement, raw: bytes, *, publisher: str = "", age_s: float = 0.0
+    ) -> Outcome | None:
+        try:
             self._check(announcement, publisher)
         except InvalidAnnouncement as error:
             self.refused[error.reason] += 1
@@ -138,7 +225,9 @@ class Gossip:
     async def _sweep(self) -> None:
         while True:
             await trio.sleep(SWEEP_INTERVAL_S)
-            self.pubsub.drop_budgets_of_strangers()
+            self.pubsub.forget_strangers()
+            here = self.view.live(trio.current_time())
+            self._speakers.keep_only({ID.from_string(a.peer_id) for a in here})
 
 
 @asynccontextmanager
@@ -150,31 +239,38 @@ async def open_gossip(
     fingerprint: str,
     view: SwarmView,
     wall_clock: WallClock = time.time,
+    rng: Random | None = None,
 ) -> AsyncIterator[Gossip]:
-    """Join the topic of a swarm for as long as the context is open.
+    """Join the topic of a swarm for as long as the context is open. ``rng`` chooses the mesh.
 
     On leaving, what was published gets ``FLUSH_DEADLINE_S`` to leave the machine.
     """
     topic = topic_of(network, fingerprint)
-    gossip = Gossip(host, identity, topic, fingerprint, view, wall_clock)
+    gossip = Gossip(host, identity, topic, fingerprint, view, wall_clock, rng or Random())
     pubsub = gossip.pubsub
-    try:
-        with collapsed():
-            async with (
-                background_trio_service(pubsub.mesh_router),
-                background_trio_service(pubsub),
-                trio.open_nursery() as nursery,
-            ):
-                await pubsub.wait_until_ready()
-                await pubsub.subscribe(topic)
-                nursery.start_soon(gossip._meet_connected)
-                nursery.start_soon(gossip._sweep)
-                try:
-                    yield gossip
-                finally:
-                    with trio.move_on_after(FLUSH_DEADLINE_S) as last_words:
-                        last_words.shield = True
-                        await pubsub.flush()
-                    nursery.cancel_scope.cancel()
-    finally:
-        pubsub.seen_messages.stop()  # a thread
+    with collapsed():
+        async with trio.open_nursery() as nursery:
+            await _start(nursery, pubsub.mesh_router)
+            await _start(nursery, pubsub)
+            await pubsub.wait_until_ready()
+            await pubsub.subscribe(topic)
+            nursery.start_soon(gossip._meet_connected)
+            nursery.start_soon(gossip._sweep)
+            try:
+                yield gossip
+            finally:
+                with trio.move_on_after(FLUSH_DEADLINE_S) as last_words:
+                    last_words.shield = True
+                    await pubsub.flush()
+                nursery.cancel_scope.cancel()
+
+
+async def _start(nursery: trio.Nursery, service: Service) -> None:
+    """Run a service of libp2p's until the nursery is cancelled.
+
+    libp2p's own way of ending one stops its tasks one after the other, in random order.
+    """
+    manager = TrioManager(service)
+    service._manager = manager
+    nursery.start_soon(manager.run)
+    await manager.wait_started()

@@ -20,7 +20,7 @@ from multiaddr import Multiaddr
 from multiaddr.utils import get_thin_waist_addresses
 
 from petalnode.errors import PeerGone, PeerUnreachable
-from petalnode.p2p.frames import FrameStream
+from petalnode.p2p.frames import ByteStream, FrameStream
 from petalnode.p2p.identity import Identity, is_peer_id
 from petalnode.p2p.negotiate import propose
 from petalnode.p2p.swarm import Connection, Swarm, run_swarm
@@ -31,6 +31,7 @@ from petalnode.p2p.translate import (
     parse_addr,
     unreachable,
 )
+from petalnode.p2p.wire import TCP, Transport
 from petalnode.p2p.yamux_stream import Stream
 
 OPEN_DEADLINE_S = 10.0
@@ -44,6 +45,13 @@ MAX_KNOWN_PEERS = 8192
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
 
 FrameHandler = Callable[[FrameStream], Awaitable[None]]
+Tap = Callable[[ByteStream, str], ByteStream]
+"""What is put around each stream of a protocol of ours: a simulator counts its bytes."""
+
+
+def untapped(stream: ByteStream, _protocol: str) -> ByteStream:
+    """The stream as it is."""
+    return stream
 
 
 class QuietHost(BasicHost):
@@ -56,9 +64,12 @@ class QuietHost(BasicHost):
 class Host:
     """One node's end of the wire. Made by ``open_host``. Every peer id is base58 text."""
 
-    def __init__(self, peer_id: str, swarm: Swarm, addrs: tuple[str, ...]) -> None:
+    def __init__(
+        self, peer_id: str, swarm: Swarm, addrs: tuple[str, ...], tap: Tap = untapped
+    ) -> None:
         self.peer_id = peer_id
         self.addrs = addrs
+        self._tap = tap
         libp2p_host = QuietHost(swarm)
         self.libp2p: IHost = libp2p_host
         self._swarm = swarm
@@ -115,7 +126,7 @@ class Host:
                     peer_id=peer_id,
                 ) from None
             raise
-        return FrameStream(stream)
+        return FrameStream(self._tap(stream, protocol))
 
     async def _connection(self, peer_id: str) -> Connection:
         if not is_peer_id(peer_id):
@@ -182,7 +193,7 @@ class Host:
         """
 
         async def handle(stream: Stream) -> None:
-            await handler(FrameStream(stream))
+            await handler(FrameStream(self._tap(stream, protocol)))
 
         self._swarm.handlers[protocol] = handle
 
@@ -201,7 +212,12 @@ class Host:
 
 @asynccontextmanager
 async def open_host(
-    identity: Identity, *, listen: Sequence[str], announce: Sequence[str] = ()
+    identity: Identity,
+    *,
+    listen: Sequence[str],
+    announce: Sequence[str] = (),
+    transport: Transport = TCP,
+    tap: Tap = untapped,
 ) -> AsyncIterator[Host]:
     """A running host. ``listen`` are multiaddrs (port 0: any), ``announce`` further addresses
     under which others reach it. Leaving says goodbye to every peer.
@@ -209,9 +225,10 @@ async def open_host(
     Raises ListenError, and UsageError for a malformed address.
     """
     with collapsed():
-        async with run_swarm(identity.key_pair) as swarm:
+        async with run_swarm(identity.key_pair, transport) as swarm:
             bound = [_bind(swarm, addr) for addr in listen]
-            yield Host(identity.peer_id, swarm, _full_addrs(identity.peer_id, bound, announce))
+            addrs = _full_addrs(identity.peer_id, bound, announce)
+            yield Host(identity.peer_id, swarm, addrs, tap)
 
 
 def _bind(swarm: Swarm, addr: str) -> Multiaddr:

@@ -18,15 +18,19 @@ Everything below goes through constructor arguments, public attributes and overr
   Here the dialling side opens the first stream, and the other side answers with its own.
 - our own messages go to every subscriber connected (flood publishing, as go-libp2p does), since
   right after a connection there is no mesh yet.
+- stock measures back-offs and rates by the wall clock, draws peers with the global generator from
+  sets, and runs a thread. Here trio's clock and an injected generator decide, so that the same
+  seed gives the same mesh.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable
 from itertools import chain, islice
+from random import Random
+from typing import cast
 
 import trio
 from google.protobuf.message import DecodeError
@@ -38,7 +42,10 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.rpc_queue import RpcQueue
 from libp2p.pubsub.validators import signature_validator
+from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+
+from petalnode.p2p.pubsub_limits import Budgets, SeenMessages
 
 DEGREE, DEGREE_LOW, DEGREE_HIGH = 4, 3, 8
 HEARTBEAT_S = 1
@@ -50,6 +57,7 @@ MAX_ID_BYTES = 128
 MAX_SUBSCRIPTIONS = 16  # in one RPC; other topics than ours are ignored
 MESSAGES_PER_S = 100.0  # new messages that one forwarder may bring
 MESSAGES_BURST = 400.0
+CONTROL_PER_S = 10.0  # offers, and requests, that one peer may send
 FLUSH_POLL_S = 0.01
 _ED25519_ID_BYTES = 38
 _SIGNATURE_BYTES = 64
@@ -59,9 +67,9 @@ Accept = Callable[[bytes, str], bool]
 
 
 class Router(GossipSub):
-    """GossipSub with petalnode's parameters."""
+    """GossipSub with petalnode's parameters. ``rng`` chooses peers for the mesh and for gossip."""
 
-    def __init__(self) -> None:
+    def __init__(self, rng: Random) -> None:
         super().__init__(
             protocols=[PROTOCOL_ID_V11],
             degree=DEGREE,
@@ -75,6 +83,14 @@ class Router(GossipSub):
             spam_protection_enabled=False,  # MESSAGES_PER_S stands in for it
         )
         self.scorer = None  # all its weights are zero
+        self._rng = rng
+        self.offers = Budgets(CONTROL_PER_S, CONTROL_PER_S)
+        self.requests = Budgets(CONTROL_PER_S, CONTROL_PER_S)
+
+    async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
+        """Queue a message for the peers that should have it."""
+        await super().publish(msg_forwarder, pubsub_msg)
+        self.recent_message_deliveries.clear()  # times for a score that is off; stock keeps all
 
     def _get_peers_to_send(
         self, topic_ids: Iterable[str], msg_forwarder: ID, origin: ID, msg_id: bytes | None = None
@@ -85,27 +101,65 @@ class Router(GossipSub):
         topics = self.pubsub.peer_topics
         return set().union(*(topics.get(topic, ()) for topic in topic_ids))
 
+    def select_from_minus(  # type: ignore[override]  # stock's is static and draws by itself
+        self, num_to_select: int, pool: Iterable[ID], minus: Iterable[ID]
+    ) -> list[ID]:
+        """At most so many peers of ``pool`` that are not in ``minus``, drawn with our generator."""
+        candidates = sorted(set(pool).difference(minus), key=ID.to_bytes)
+        return self._rng.sample(candidates, max(0, min(num_to_select, len(candidates))))
 
-@dataclass
-class _Budget:
-    tokens: float
-    at: float
+    def _add_back_off(
+        self, peer: ID, topic: str, is_unsubscribe: bool, backoff_duration: int = 0
+    ) -> None:
+        until = int(trio.current_time()) + (backoff_duration or BACK_OFF_S)
+        known = self.back_off.setdefault(topic, {})
+        known[peer] = max(known.get(peer, 0), until)
+
+    def _check_back_off(self, peer: ID, topic: str) -> bool:
+        known = self.back_off.get(topic, {})
+        if known.get(peer, 0) > int(trio.current_time()):
+            return True
+        known.pop(peer, None)
+        return False
+
+    def _check_graft_flood_protection(self, peer_id: ID, topic: str) -> bool:
+        return True  # the back-off that the same PRUNE began says the same
+
+    def _check_ihave_rate_limit(self, peer_id: ID, topic: str) -> bool:
+        return self.offers.spend(peer_id)
+
+    def _check_iwant_rate_limit(self, peer_id: ID) -> bool:
+        return self.requests.spend(peer_id)
+
+    def keep_only(self, peers: Container[ID]) -> None:
+        """Forget what is remembered of everybody else."""
+        self.offers.keep_only(peers)
+        self.requests.keep_only(peers)
+        for topic, known in self.back_off.items():
+            self.back_off[topic] = {peer: until for peer, until in known.items() if peer in peers}
 
 
 class OneTopicPubsub(Pubsub):
     """Pubsub for ``topic`` alone. ``refused`` counts what was turned away, by reason."""
 
     def __init__(
-        self, host: IHost, topic: str, accept: Accept, first_seqno: int, max_data_bytes: int
+        self,
+        host: IHost,
+        topic: str,
+        accept: Accept,
+        *,
+        first_seqno: int,
+        max_data_bytes: int,
+        rng: Random,
     ) -> None:
         self.refused: Counter[str] = Counter()
         self._topic = topic
         self._accept = accept
         self._max_data_bytes = max_data_bytes
-        self._budgets: dict[ID, _Budget] = {}
+        self._messages = Budgets(MESSAGES_PER_S, MESSAGES_BURST)
         self._writing: set[ID] = set()
         self._meeting: dict[ID, trio.Lock] = {}
-        self.mesh_router = Router()
+        self.mesh_router = Router(rng)
         super().__init__(
             host,
             self.mesh_router,
@@ -114,15 +168,18 @@ class OneTopicPubsub(Pubsub):
             allowed_topics={topic},
         )
         self.counter = first_seqno
+        self.seen_messages.stop()
+        self.seen_messages = cast(LastSeenCache, SeenMessages())
 
     async def flush(self) -> None:
         """Wait until all that was queued is written. The caller sets the deadline."""
         while self._writing or any(map(len, self.peer_queues.values())):  # noqa: ASYNC110 - closing
             await trio.sleep(FLUSH_POLL_S)
 
-    def drop_budgets_of_strangers(self) -> None:
-        """Forget the forwarders that are no longer connected."""
-        self._budgets = {peer: self._budgets[peer] for peer in self._budgets if peer in self.peers}
+    def forget_strangers(self) -> None:
+        """Forget what is remembered of peers that are no longer connected."""
+        self._messages.keep_only(self.peers)
+        self.mesh_router.keep_only(self.peers)
 
     async def handle_peer_queue(self) -> None:
         """Open a stream to each peer that we dial; a peer that dials us opens the first one."""
@@ -197,7 +254,7 @@ class OneTopicPubsub(Pubsub):
             return "publisher"
         if msg.from_id == self.my_id.to_bytes():
             return "echo"
-        if not self._spend(forwarder):
+        if not self._messages.spend(forwarder):
             return "rate"
         if len(msg.signature) != _SIGNATURE_BYTES or not self._signed(msg):
             return "signature"
@@ -208,16 +265,6 @@ class OneTopicPubsub(Pubsub):
             return signature_validator(msg)
         except Exception:  # noqa: BLE001 - it raises on malformed keys, whatever its decoder raises
             return False
-
-    def _spend(self, forwarder: ID) -> bool:
-        now = trio.current_time()
-        budget = self._budgets.setdefault(forwarder, _Budget(MESSAGES_BURST, now))
-        refill = (now - budget.at) * MESSAGES_PER_S
-        budget.tokens, budget.at = min(budget.tokens + refill, MESSAGES_BURST), now
-        if budget.tokens < 1:
-            return False
-        budget.tokens -= 1
-        return True
 
     def get_hello_packet(self) -> rpc_pb2.RPC:
         """What we say first on a stream: our subscription."""

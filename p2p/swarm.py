@@ -12,7 +12,6 @@ Supervision points, where any exception is logged and costs no more than what it
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import cast
@@ -39,7 +38,7 @@ from petalnode.p2p.adapter import MuxedConn, MuxedStream
 from petalnode.p2p.negotiate import Pipe, answer, propose
 from petalnode.p2p.noise import NOISE_PROTOCOL, NoiseSecurity, RawPipe
 from petalnode.p2p.translate import dial_target, in_words
-from petalnode.p2p.wire import SocketWire, Wire, dial_tcp, listen_tcp
+from petalnode.p2p.wire import TCP, Listening, Transport, Wire
 from petalnode.p2p.yamux import YAMUX_PROTOCOL, Muxer
 from petalnode.p2p.yamux_stream import Stream
 
@@ -81,29 +80,30 @@ class Connection(SwarmConn):
 
 
 class Listener(IListener):
-    """One listening socket. The swarm accepts from it."""
+    """One place to listen. The swarm accepts from it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    def __init__(self, source: Listening) -> None:
+        self.source = source
 
     async def listen(self, maddr: Multiaddr) -> None:
         """It listens already."""
 
     def get_addrs(self) -> tuple[Multiaddr, ...]:
         """The bound address, with the real port."""
-        host, port = self.sock.getsockname()[:2]
+        host, port = self.source.address
         return (Multiaddr(f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}"),)
 
     async def close(self) -> None:
         """Stop listening."""
-        trio.lowlevel.notify_closing(self.sock.fileno())
-        self.sock.close()
+        self.source.close()
 
 
 class Swarm(Libp2pSwarm):
     """See the module. ``handlers`` are petalnode's protocols, ``libp2p_handlers`` the others."""
 
-    def __init__(self, key_pair: KeyPair, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, key_pair: KeyPair, nursery: trio.Nursery, transport: Transport = TCP
+    ) -> None:
         peer_id = ID.from_pubkey(key_pair.public_key)
         peerstore = PeerStore()
         peerstore.add_key_pair(peer_id, key_pair)
@@ -124,6 +124,7 @@ class Swarm(Libp2pSwarm):
         self.on_disconnected: Callable[[str], None] = lambda _peer_id: None
         self._security = NoiseSecurity(key_pair)
         self._nursery = nursery
+        self._transport = transport
         self._by_muxer: dict[Muxer, Connection] = {}
         self._handshakes: dict[trio.CancelScope, None] = {}
         self.background_nursery = nursery
@@ -145,7 +146,7 @@ class Swarm(Libp2pSwarm):
         """
         host, port = dial_target(addr)
         with trio.fail_after(DIAL_DEADLINE_S):
-            wire = await dial_tcp(host, port)
+            wire = await self._transport.dial(host, port)
             try:
                 muxer = await self._upgrade(wire, True, expected)
             except BaseException:
@@ -206,44 +207,41 @@ class Swarm(Libp2pSwarm):
 
     def bind(self, host: str, port: int) -> Multiaddr:
         """Listen there from now on; returns the address with the real port. Raises OSError."""
-        listener = Listener(listen_tcp(host, port))
+        listener = Listener(self._transport.listen(host, port))
         (bound,) = listener.get_addrs()
         self.listeners[str(bound)] = listener
-        self._nursery.start_soon(self._accept_from, listener.sock)
+        self._nursery.start_soon(self._accept_from, listener.source)
         return bound
 
-    async def _accept_from(self, listening: socket.socket) -> None:
+    async def _accept_from(self, listening: Listening) -> None:
         while True:
             try:
-                sock, _ = listening.accept()
-            except BlockingIOError:
-                try:
-                    await trio.lowlevel.wait_readable(listening.fileno())
-                except trio.ClosedResourceError:
-                    return
+                wire = await listening.accept()
+            except trio.ClosedResourceError:
+                return
             except OSError:
-                if listening.fileno() == -1:
-                    return
                 # Out of file descriptors, or the dialler left: others may do better shortly.
                 await trio.sleep(ACCEPT_PAUSE_S)
             else:
-                self._nursery.start_soon(self._welcome, sock)
+                self._nursery.start_soon(self._welcome, wire)
                 await trio.lowlevel.checkpoint()
 
-    async def _welcome(self, sock: socket.socket) -> None:
-        with sock:
-            connection = await self._shake_hands(sock)
+    async def _welcome(self, wire: Wire) -> None:
+        try:
+            connection = await self._shake_hands(wire)
             if connection is not None:
                 await self._serve_connection(connection)
+        finally:
+            wire.close()
 
-    async def _shake_hands(self, sock: socket.socket) -> Connection | None:
+    async def _shake_hands(self, wire: Wire) -> Connection | None:
         if len(self._handshakes) >= MAX_HANDSHAKES:
             next(iter(self._handshakes)).cancel()
         with trio.move_on_after(HANDSHAKE_DEADLINE_S) as scope:
             self._handshakes[scope] = None
             try:
                 if len(self._by_muxer) < MAX_CONNECTIONS:
-                    return self._admit(await self._upgrade(SocketWire(sock), False, None))
+                    return self._admit(await self._upgrade(wire, False, None))
             except Exception as error:  # noqa: BLE001 - supervision point, see the module
                 log.debug("an inbound handshake failed: %s", in_words(error))
             finally:
@@ -330,10 +328,10 @@ async def _answer_with(pipe: Pipe, protocol: str) -> None:
 
 
 @asynccontextmanager
-async def run_swarm(key_pair: KeyPair) -> AsyncIterator[Swarm]:
+async def run_swarm(key_pair: KeyPair, transport: Transport = TCP) -> AsyncIterator[Swarm]:
     """A running swarm. Leaving it says goodbye to every peer and ends every task."""
     async with trio.open_nursery() as nursery:
-        swarm = Swarm(key_pair, nursery)
+        swarm = Swarm(key_pair, nursery, transport)
         try:
             yield swarm
         finally:

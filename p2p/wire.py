@@ -1,4 +1,4 @@
-"""One TCP connection as two synchronous calls and two waits.
+"""TCP: a connection as two synchronous calls and two waits, and the ``Transport`` that makes them.
 
 A trio stream costs a scheduler pass for every send and every receive. Here data moves in plain
 non-blocking calls, and a task waits only when the kernel has nothing to give or no room to take:
@@ -43,6 +43,28 @@ class Wire(Protocol):
 
     def close(self) -> None:
         """Close at once and wake whoever waits. Never raises."""
+
+
+class Listening(Protocol):
+    """A place where others connect. ``address`` is the bound host and port."""
+
+    address: tuple[str, int]
+
+    async def accept(self) -> Wire:
+        """The next connection. Raises OSError when one failed, trio.ClosedResourceError."""
+
+    def close(self) -> None:
+        """Stop listening. Never raises."""
+
+
+class Transport(Protocol):
+    """How connections come about: ``TCP``, or what a simulated network provides."""
+
+    async def dial(self, host: str, port: int) -> Wire:
+        """Connect to a host (an IP address or a name) and port. Raises OSError; has no deadline."""
+
+    def listen(self, host: str, port: int) -> Listening:
+        """Listen from now on; port 0 takes a free one. Raises OSError."""
 
 
 class SocketWire:
@@ -139,3 +161,55 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+class TcpListening:
+    """``Listening`` over a socket, which it owns."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        host, port = sock.getsockname()[:2]
+        self.address = (str(host), int(port))
+
+    async def accept(self) -> SocketWire:
+        """See ``Listening``."""
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock.fileno())
+            except OSError:
+                if self._sock.fileno() == -1:
+                    raise trio.ClosedResourceError from None
+                raise
+            else:
+                return _wired(sock)
+
+    def close(self) -> None:
+        """See ``Listening``."""
+        if self._sock.fileno() != -1:
+            trio.lowlevel.notify_closing(self._sock.fileno())
+            self._sock.close()
+
+
+def _wired(sock: socket.socket) -> SocketWire:
+    try:
+        return SocketWire(sock)
+    except OSError:  # the dialler has left already
+        sock.close()
+        raise
+
+
+class TcpTransport:
+    """The machine's own TCP."""
+
+    async def dial(self, host: str, port: int) -> SocketWire:
+        """See ``Transport``."""
+        return await dial_tcp(host, port)
+
+    def listen(self, host: str, port: int) -> TcpListening:
+        """See ``Transport``."""
+        return TcpListening(listen_tcp(host, port))
+
+
+TCP = TcpTransport()

@@ -1,1 +1,1 @@
-"""Who is in the swarm and which way to go: pure logic on the standard library, no I/O."""
+"""Who is in the swarm and which way to go: pure logic, standard library and numpy, no I/O."""

@@ -5,15 +5,21 @@ checked signature and clock of each record. A record lives for its ``ttl_s`` aft
 remote clocks never decide that. A peer that is no longer alive leaves a tombstone (its last
 ``seq``) until every record it could be replayed with has gone out of date, so that neither a
 goodbye nor an expiry can be undone by an old record.
+
+The view is bounded. Keys cost nothing, so a flood of peers that do not exist must not push out
+those that do: a peer that this node reached itself (``prove``) gives way to nobody, and of the
+others a newcomer takes the place of one of the younger half.
 """
 
+import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from petalnode.routing.announcement import MAX_CLOCK_SKEW_S, Announcement
 
-MAX_PEERS = 4096
+MAX_PEERS = 16_384
 
 Outcome = Literal["new", "updated", "goodbye", "duplicate", "stale", "expired", "span", "full"]
 NEWS: frozenset[Outcome] = frozenset({"new", "updated", "goodbye"})
@@ -32,6 +38,7 @@ class _Entry:
     raw: bytes
     received_at: float
     alive: bool
+    since: float
 
     @property
     def expires_at(self) -> float:
@@ -49,12 +56,20 @@ class SwarmView:
     ``version`` grows, and ``on_change`` is called, whenever ``live()`` may answer differently.
     """
 
-    def __init__(self, num_blocks: int | None = None, *, max_peers: int = MAX_PEERS) -> None:
+    def __init__(
+        self,
+        num_blocks: int | None = None,
+        *,
+        max_peers: int = MAX_PEERS,
+        rng: random.Random | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.version = 0
         self.on_change: Callable[[], None] = _nothing
         self._max_peers = max_peers
-        self._entries: dict[str, _Entry] = {}
+        self._rng = rng or random.Random()
+        self._entries: dict[str, _Entry] = {}  # who came first is first
+        self._proven: set[str] = set()
 
     def apply(
         self, announcement: Announcement, now: float, raw: bytes, *, age_s: float = 0.0
@@ -64,10 +79,12 @@ class SwarmView:
         "new", "updated" and "goodbye" changed the view; the rest says why it did not.
         """
         known = self._entries.get(announcement.peer_id)
-        entry = _Entry(announcement, raw, now - max(age_s, 0.0), announcement.state != "offline")
+        alive = announcement.state != "offline"
+        since = known.since if known is not None and known.alive else now
+        entry = _Entry(announcement, raw, now - max(age_s, 0.0), alive, since)
         if known is not None and announcement.seq <= known.announcement.seq:
             return "duplicate" if raw == known.raw else "stale"
-        if self.num_blocks is not None and announcement.end > self.num_blocks:
+        if self.num_blocks is not None and _last_block(announcement) > self.num_blocks:
             return "span"
         if entry.expires_at <= now:
             return "expired"
@@ -93,6 +110,15 @@ class SwarmView:
         """Everything alive, as signed, freshest first: what a joining node is given."""
         entries = sorted(self._living(now), key=lambda item: (-item[1].received_at, item[0]))
         return [Sighting(entry.raw, now - entry.received_at) for _, entry in entries]
+
+    def since(self, peer_id: str, now: float) -> float | None:
+        """When a living peer came into view, None if it is not there."""
+        return self._entries[peer_id].since if self.get(peer_id, now) is not None else None
+
+    def prove(self, peer_id: str) -> None:
+        """This node reached the peer, or is it: it exists, and keeps its place in a full view."""
+        if len(self._proven) < self._max_peers:
+            self._proven.add(peer_id)
 
     def forget(self, peer_id: str) -> bool:
         """Drop a peer that was found dead. Only a newer record of its own brings it back."""
@@ -146,16 +172,35 @@ class SwarmView:
         # A living peer is worth more than the memory of a dead one.
         tombs = [(e.forgotten_at, peer_id) for peer_id, e in self._entries.items() if not e.alive]
         if tombs:
-            del self._entries[min(tombs)[1]]
-        return bool(tombs)
+            self._drop(min(tombs)[1])
+            return True
+        return self._evict()
+
+    def _evict(self) -> bool:
+        """Make room at the cost of one of the younger peers that this node never reached."""
+        unproven = len(self._entries) - len(self._proven & self._entries.keys())
+        if unproven == 0:
+            return False
+        younger = (p for p in reversed(self._entries) if p not in self._proven)
+        chosen = self._rng.randrange((unproven + 1) // 2)
+        self._drop(next(itertools.islice(younger, chosen, None)))
+        return True
 
     def _bury(self, now: float) -> None:
         for peer_id in [p for p, entry in self._entries.items() if entry.forgotten_at <= now]:
-            del self._entries[peer_id]
+            self._drop(peer_id)
+
+    def _drop(self, peer_id: str) -> None:
+        del self._entries[peer_id]
+        self._proven.discard(peer_id)
 
     def _changed(self) -> None:
         self.version += 1
         self.on_change()
+
+
+def _last_block(a: Announcement) -> int:
+    return a.end if a.moving_to is None else max(a.end, a.moving_to[1])
 
 
 def _nothing() -> None:

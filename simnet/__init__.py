@@ -1,1 +1,1 @@
-"""The simulated network and the swarm simulator: to come with the swarm issue."""
+"""Simulation: real nodes on a simulated network (``world``); swarms of thousands (``swarm``)."""

@@ -11,6 +11,7 @@ ALL = (
     "blocks",
     "routing",
     "placement",
+    "gossip",
     "loading",
     "perplexity",
 )

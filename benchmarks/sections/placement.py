@@ -129,14 +129,26 @@ def costs(runs: Sequence[Run]) -> Table:
         rows.append(
             [
                 name,
-                *(f"{statistics.mean(s.blocks_loaded for s in some):.0f}" for some in (paper, ours)),
+                *(
+                    f"{statistics.mean(s.blocks_loaded for s in some):.0f}"
+                    for some in (paper, ours)
+                ),
                 *(f"{statistics.mean(s.hops for s in some):.1f}" for some in (paper, ours)),
                 str(sum(each.sessions for each in ours)),
                 str(sum(each.migrated for each in ours)),
                 str(sum(each.moves_given_up for each in ours)),
             ]
         )
-    head = ["", "blocks loaded: paper", "ours", "hops: paper", "ours", "sessions", "moved", "gave up"]
+    head = [
+        "",
+        "blocks loaded: paper",
+        "ours",
+        "hops: paper",
+        "ours",
+        "sessions",
+        "moved",
+        "gave up",
+    ]
     return Table(head, rows, "blocks loaded by moves, hops a chain; sessions of ours, in all seeds")
 
 

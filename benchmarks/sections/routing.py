@@ -64,8 +64,8 @@ def run(quick: bool) -> Result:
             Target("error of an estimated round trip, median", ours[0], MEDIAN_ERROR),
         ],
         notes=[
-            f"The reference implementation takes {figure(REFERENCE_MS)} ms; Dijkstra's algorithm in "
-            f"plain Python, which finds the same cost, {figure(beside)} × ours."
+            f"The reference implementation takes {figure(REFERENCE_MS)} ms; Dijkstra's algorithm "
+            f"in plain Python, which finds the same cost, {figure(beside)} × ours."
         ],
         values={"search_ms": times, "errors": {str(k): v for k, v in errors.items()}},
     )

@@ -24,6 +24,7 @@ YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
 DEFAULTS: dict[str, Any] = {"rope_theta": 150000.0, "rms_norm_eps": 1e-5, "head_dim": 64}
 DEFAULTS |= {"attention_bias": True, "sliding_window": 128}
+DEFAULTS |= {"num_key_value_heads": 8, "max_position_embeddings": 131072}
 MAX_LIMIT = 1e6
 
 
@@ -38,10 +39,10 @@ class GptOssConfig(MixtralConfig):
 def read_gpt_oss(read: ConfigReader) -> GptOssConfig:
     """Return the configuration of a gpt-oss checkpoint."""
     mxfp4 = read.quantization(GPT_OSS.quantized) is not None
-    defaults = DEFAULTS | ({"torch_dtype": "bfloat16"} if mxfp4 else {})
-    if read.config.get("rope_scaling") is None:
-        defaults["rope_parameters"] = YARN
-    read = ConfigReader(defaults | dict(read.config), read.generation)
+    config = DEFAULTS | ({"torch_dtype": "bfloat16"} if mxfp4 else {}) | dict(read.config)
+    if not config.get("rope_scaling") and config.get("rope_parameters") is None:
+        config["rope_parameters"] = YARN
+    read = ConfigReader(config, read.generation)
     read.choice("hidden_act", SILU, default="silu")
     fields = llama_fields(read, "gpt_oss")
     for key in ("hidden_size", "intermediate_size"):

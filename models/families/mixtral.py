@@ -17,7 +17,10 @@ from petalnode.models.layers.attention import Attention, Scores, projections
 from petalnode.models.layers.moe import MixtureOfExperts, SoftmaxRouter, gated
 from petalnode.models.layers.parts import Parts
 
-DEFAULTS = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
+DEFAULTS = {
+    **{"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    **{"num_key_value_heads": 8, "max_position_embeddings": 131072},
+}
 MAX_EXPERTS_IN_ALL = 1 << 16
 """Over all blocks: each may stand in the files by itself."""
 

@@ -39,6 +39,7 @@ class Phi3Config(LlamaConfig):
 
 def read_phi3(read: ConfigReader) -> Phi3Config:
     """Return the configuration of a checkpoint of Phi-3, 3.5 or 4 (the dense text models)."""
+    read = ConfigReader({"max_position_embeddings": 4096} | dict(read.config), read.generation)
     read.choice("hidden_act", SILU, default="silu")
     for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
         if read.flag(key):
@@ -60,12 +61,13 @@ def _rope(read: ConfigReader, head_dim: int) -> RopeConfig:
     """Phi-3's own spelling: the original context stands outside of the rotary parameters."""
     config: dict[str, Any] = dict(read.config)
     original = read.size("original_max_position_embeddings", MAX_POSITIONS, default=4096)
+    config["original_max_position_embeddings"] = original
     for key in ("rope_scaling", "rope_parameters"):
-        if isinstance(config.get(key), Mapping):
-            scaling = dict(config[key], original_max_position_embeddings=original)
-            if scaling.get("rope_type", scaling.get("type")) in OTHER_NAMES:
-                scaling["rope_type"] = "longrope"
-            config[key] = scaling
+        scaling = config.get(key)
+        if not isinstance(scaling, Mapping):
+            continue
+        if scaling.get("rope_type", scaling.get("type")) in OTHER_NAMES:
+            config[key] = dict(scaling, rope_type="longrope")
     return read_rope(config, head_dim, kinds=("default", "longrope"), partial=True)
 
 

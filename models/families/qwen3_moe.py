@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+DEFAULTS = {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096}
+"""What a missing key means. A null is another value: no window."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3MoeConfig(MixtralConfig):
@@ -40,10 +43,11 @@ class Qwen3MoeConfig(MixtralConfig):
 
 def read_qwen3_moe(read: ConfigReader) -> Qwen3MoeConfig:
     """Return the configuration of a Qwen3-MoE checkpoint."""
+    read = ConfigReader(DEFAULTS | dict(read.config), read.generation)
     read.choice("hidden_act", SILU, default="silu")
     fields = llama_fields(read, "qwen3_moe")
     blocks, windowed = fields["num_blocks"], read.flag("use_sliding_window")
-    window = read.size("sliding_window", MAX_POSITIONS, default=4096) if windowed else None
+    window = read.optional_size("sliding_window", MAX_POSITIONS) if windowed else None
     return Qwen3MoeConfig(
         **fields,
         **read_experts(read, blocks),

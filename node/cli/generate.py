@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import trio
 
-from petalnode.cli.output import reporter
+from petalnode.cli.output import end_progress, reporter
 from petalnode.errors import UsageError
 from petalnode.events import Done, Report, TokenEvent
 from petalnode.joining import parse_joins
@@ -30,7 +30,11 @@ def main(arguments: Namespace) -> int:
     checkpoint = open_checkpoint(
         arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir
     )
-    trio.run(generate, checkpoint, arguments, reporter(arguments.json))
+    _ = checkpoint.fingerprint  # large files take a while: here an interrupt ends it
+    try:
+        trio.run(generate, checkpoint, arguments, reporter(arguments.json))
+    finally:
+        end_progress()
     return 0
 
 
@@ -71,7 +75,7 @@ async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report)
     )
     node_options = NodeOptions(join=tuple(arguments.join), dtype=arguments.dtype)
     async with (
-        open_node(checkpoint, node_options) as node,
+        open_node(checkpoint, node_options, report) as node,
         node.open_session(report) as session,
     ):
         generation = session.generate(arguments.prompt, options)

@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 from petalnode import events
 from petalnode.events import Event, Report
+from petalnode.models.memory import readable_bytes
 
 BAR_WIDTH = 24
+CLEAR_TO_END = "\x1b[K"
+"""Tells a terminal to forget what else is on the line (ECMA-48, erase in line)."""
 
 
 def reporter(as_json: bool) -> Report:
@@ -31,7 +34,32 @@ def print_human(event: Event) -> None:
 
 def note(text: str) -> None:
     """A line on stderr."""
+    end_progress()
     print(text, file=sys.stderr, flush=True)
+
+
+class ProgressLine:
+    """The line that a terminal's stderr shows again and again; nothing where it is no terminal."""
+
+    def __init__(self) -> None:
+        self._unfinished = False
+
+    def show(self, text: str, last: bool) -> None:
+        """Write the text over the one before it."""
+        if sys.stderr.isatty():
+            end = "\n" if last else ""
+            print(f"\r{text}{CLEAR_TO_END}", end=end, file=sys.stderr, flush=True)
+            self._unfinished = not last
+
+    def end(self) -> None:
+        """Let what follows begin on a line of its own."""
+        if self._unfinished:
+            print(file=sys.stderr, flush=True)
+            self._unfinished = False
+
+
+_progress = ProgressLine()
+end_progress = _progress.end
 
 
 def short(peer_id: str) -> str:
@@ -51,14 +79,32 @@ def _listening(event: events.Listening) -> None:
         note(f"another machine joins with: --join {event.invite}")
 
 
+def _memory(event: events.Memory) -> None:
+    asked = "" if event.blocks == event.fits else f"; {event.blocks} were asked for"
+    form = event.dtype if event.quant == "none" else f"{event.quant} and {event.dtype}"
+    sizes = (event.free, event.loading, event.kv, event.block)
+    free, loading, kv, block = map(readable_bytes, sizes)
+    note(
+        f"memory: {free} free on {event.device}, less {loading} to read a block and {kv} for "
+        f"attention caches; a block takes {block} in {form}, so {event.fits} of {event.of} blocks "
+        f"fit{asked}"
+    )
+    if event.left_dense:
+        names = ", ".join(event.left_dense[:3]) + (", …" if event.left_dense[3:] else "")
+        note(f"left in {event.dtype}, for want of rows of a multiple of 64 numbers: {names}")
+
+
 def _loading(event: events.Loading) -> None:
-    if not sys.stderr.isatty():
-        return
     filled = BAR_WIDTH * event.done // max(event.total, 1)
     bar = "█" * filled + "░" * (BAR_WIDTH - filled)
-    end = "\n" if event.done == event.total else ""
-    text = f"\rloading {span(event.blocks)} {bar} {event.done}/{event.total}"
-    print(text, end=end, file=sys.stderr, flush=True)
+    text = f"loading {span(event.blocks)} {bar} {event.done}/{event.total}"
+    _progress.show(text, last=event.done == event.total)
+
+
+def _downloading(event: events.Downloading) -> None:
+    share = 100 * event.done // max(event.total, 1)
+    text = f"downloading {event.done / 1e6:,.0f} of {event.total / 1e6:,.0f} MB {share} %"
+    _progress.show(f"{text} ({event.file})", last=event.done == event.total)
 
 
 def _ready(event: events.Ready) -> None:
@@ -72,6 +118,11 @@ def _ready(event: events.Ready) -> None:
 
 def _draining(event: events.Draining) -> None:
     note(f"draining: {event.sessions} sessions open; Ctrl-C again to stop at once")
+
+
+def _moving(event: events.Moving) -> None:
+    wait = f", once {event.sessions} sessions have ended" if event.sessions else ""
+    note(f"moving from {span(event.blocks)} to {span(event.to)}, which the swarm needs more{wait}")
 
 
 def _stopped(event: events.Stopped) -> None:
@@ -120,9 +171,12 @@ def _swarm(event: events.Swarm) -> None:
 
 SENTENCES: dict[type[Event], Callable[..., None]] = {
     events.Listening: _listening,
+    events.Memory: _memory,
+    events.Downloading: _downloading,
     events.Loading: _loading,
     events.Ready: _ready,
     events.Draining: _draining,
+    events.Moving: _moving,
     events.Stopped: _stopped,
     events.Waiting: _waiting,
     events.Route: _route,

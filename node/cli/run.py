@@ -9,10 +9,12 @@ from pathlib import Path
 
 import trio
 
-from petalnode.cli.output import reporter
+from petalnode.cli.output import end_progress, reporter
 from petalnode.events import Report, Stopped
 from petalnode.joining import parse_joins
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: Namespace) -> int:
@@ -21,7 +23,11 @@ def main(arguments: Namespace) -> int:
     checkpoint = open_checkpoint(
         arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir
     )
-    trio.run(serve, checkpoint, arguments, reporter(arguments.json))
+    _ = checkpoint.fingerprint  # large files take a while: here an interrupt ends it
+    try:
+        trio.run(serve, checkpoint, arguments, reporter(arguments.json))
+    finally:
+        end_progress()
     return 0
 
 
@@ -35,6 +41,7 @@ async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) ->
         num_blocks=arguments.num_blocks,
         device=arguments.device,
         dtype=arguments.dtype,
+        quant=arguments.quant,
         kv_tokens=arguments.kv_tokens,
         host=arguments.host,
         port=arguments.port,
@@ -43,7 +50,7 @@ async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) ->
         identity=Path(arguments.identity) if arguments.identity else None,
     )
     drained = False
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as nursery:
             serving, drain = trio.Event(), trio.Event()
             nursery.start_soon(watch_signals, signals, serving, drain, nursery.cancel_scope)
@@ -61,9 +68,14 @@ async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) ->
 async def watch_signals(
     signals: AsyncIterator[int], serving: trio.Event, drain: trio.Event, scope: trio.CancelScope
 ) -> None:
-    """The first signal drains a node that serves; the second one, or one before that, stops it."""
+    """The first signal drains a node that serves; the second one, or one before that, stops it.
+
+    One more kills the process: a thread may still wait for a hub that does not answer.
+    """
     async for _ in signals:
         if drain.is_set() or not serving.is_set():
             scope.cancel()
+            for one in SIGNALS:
+                signal.signal(one, signal.SIG_DFL)
             return
         drain.set()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import trio
 
-from petalnode.compute import ComputeThread
+from petalnode.compute import Compute, Load
 from petalnode.errors import LocalProtocolError
 from petalnode.models.span import RowSlice, Span
 from petalnode.serving.scheduler import Share, is_decode, plan_turn
@@ -88,13 +88,15 @@ class Piece:
 class SpanEngine:
     """Computes frames on one span. ``run`` may be called by any number of tasks."""
 
-    def __init__(self, span: Span, compute: ComputeThread) -> None:
+    def __init__(self, span: Span, compute: Compute) -> None:
         self.span = span
         self._compute = compute
         self._queue: deque[Work] = deque()
         self._arrived = trio.Event()
         self._decoded_at = -DECODING_S
         self._prefill_is_due = False
+        self.tokens = 0
+        """Computed so far."""
 
     @property
     def queue_depth(self) -> int:
@@ -146,12 +148,15 @@ class SpanEngine:
         self._prefill_is_due = len(shares) < len(queue)
         pieces = [take(queue[share.index], share) for share in shares]
         try:
-            outputs = await self._compute.run(lambda: compute_turn(self.span, pieces))
+            outputs = await self._compute.run(
+                lambda: compute_turn(self.span, pieces), load_of(pieces)
+            )
         except Exception as error:  # supervision point: bad luck of one turn, not of the node
             log.exception("a turn of %d pieces failed", len(pieces))
             self._fail(pieces, error)
             return
         for piece, output in zip(pieces, outputs, strict=True):
+            self.tokens += len(output)
             piece.work.outputs.append(output)
             if piece.work.left == 0:
                 self._finish(piece.work)
@@ -173,6 +178,15 @@ def take(work: Work, share: Share) -> Piece:
     piece = Piece(work, work.slices(share.tokens), hidden)
     work.taken += share.tokens
     return piece
+
+
+def load_of(pieces: Sequence[Piece]) -> Load:
+    """How much work a turn is."""
+    works = [piece.work for piece in pieces]
+    return Load(
+        blocks=max(work.end for work in works) - min(work.start for work in works),
+        block_tokens=sum(len(p.hidden) * (p.work.end - p.work.start) for p in pieces),
+    )
 
 
 def compute_turn(span: Span, pieces: Sequence[Piece]) -> list[torch.Tensor]:

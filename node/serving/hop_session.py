@@ -1,61 +1,50 @@
 """One session as a hop sees it: rows of cache over a sub-span, and where its outputs go.
 
 Task tree: the control stream's handler task owns the session. Inside its nursery run the control
-reader (which is the session's owner) and one sender task. Feed streams have handler tasks of their
-own, which only read. Everything is dropped when the control stream ends.
+reader (which is the session's owner), one sending task, and one task for each link being made. Feed
+streams have handler tasks of their own, which only read. Everything is dropped when the control
+stream ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import trio
 
-from petalnode.errors import LocalProtocolError, PeerError
-from petalnode.models.kv_cache import RowCache
+from petalnode.errors import LocalProtocolError, PeerError, PeerGone
 from petalnode.nurseries import plain_errors
+from petalnode.outlet import Outlet
 from petalnode.p2p.frames import Frame, FrameStream
 from petalnode.protocol import (
     HOP_PROTOCOL,
+    MAX_POSITION,
+    MAX_ROWS,
     BadMessage,
     Link,
     Open,
-    Segment,
     Step,
     error_wire,
     feed_wire,
+    text,
+    wholes,
 )
+from petalnode.replay import ReplayLog
 from petalnode.serving.budget import KvBudget
-from petalnode.serving.engine import RowWork, SpanEngine
+from petalnode.serving.engine import SpanEngine
+from petalnode.serving.rows import Refusal, SessionRows
 
-OUTBOX_FRAMES = 2
-"""Outputs that wait to be sent while the next chunk is computed; more holds the reader back."""
-SEND_DEADLINE_S = 60.0
-"""For the client or the next hop to take one output; after that the session is dropped."""
 LINK_DEADLINE_S = 10.0
 """For dialling the next hop and having it accept the feed."""
+MAX_LINKS_AT_ONCE = 4
+MAX_FEEDS = 4
+"""Open at once: of the sender, of the one to come, and those they replace."""
 
 Connect = Callable[[str, tuple[str, ...], str], Awaitable[FrameStream]]
 """Opens a stream: peer id, its addresses, protocol."""
-
-
-class Refusal(Exception):
-    """The step cannot be taken; the client is told ``code`` and why, and the session goes on."""
-
-    def __init__(self, code: str, why: str) -> None:
-        super().__init__(why)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """One output on its way."""
-
-    step: Step
-    hidden: torch.Tensor
 
 
 class HopSession:
@@ -67,79 +56,110 @@ class HopSession:
         control: FrameStream,
         engine: SpanEngine,
         budget: KvBudget,
+        log_budget: KvBudget,
         connect: Connect,
     ) -> None:
         self.opened = opened
         self.client = control.peer_id
+        self.senders = {opened.sender or control.peer_id}
         self._control = control
         self._engine = engine
-        self._budget = budget
+        self._rows = SessionRows(opened, engine.span, budget)
+        self._log = ReplayLog(opened.rows, log_budget)
+        self._outlet = Outlet(self._log, self._lost_next, self._return)
         self._connect = connect
-        self._rows: dict[int, RowCache] = {}
-        self._held = 0
         self._one_step = trio.Lock()  # an old feed's last step ends before a new feed's first
-        self._feed: FrameStream | None = None
-        self._next: FrameStream | None = None
-        self._feed_scopes: set[trio.CancelScope] = set()
-        self._outbox, self._to_send = trio.open_memory_channel[Outgoing](OUTBOX_FRAMES)
+        self._feeds: dict[FrameStream, trio.CancelScope] = {}
+        self._spares: dict[bytes, FrameStream] = {}
+        self._next = b""
+        self._linking = 0
+        self._seen = 0
 
     async def serve(self) -> None:
         """Read the control stream to its end, then drop everything this session holds."""
         try:
             with plain_errors():
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._send_outputs)
+                    nursery.start_soon(self._outlet.run)
                     nursery.start_soon(self._watch_client, nursery.cancel_scope)
-                    await self._read_control()
+                    await self._read_control(nursery)
                     nursery.cancel_scope.cancel()
         finally:
             self._drop()
 
     async def serve_feed(self, feed: FrameStream) -> None:
-        """Take steps from the previous hop until its stream ends; a new feed replaces the old."""
-        if self._feed is not None:
-            self._feed.reset()
-        self._feed = feed
+        """Take steps from the sender until its stream ends."""
+        if len(self._feeds) >= MAX_FEEDS:
+            next(iter(self._feeds)).reset()  # the oldest makes room
         await feed.send({"type": "fed"})
         with trio.CancelScope() as scope:  # it ends with the session, whatever it waits for
-            self._feed_scopes.add(scope)
+            self._feeds[feed] = scope
             try:
                 while (frame := await feed.receive()) is not None:
                     await self._take(frame)
             finally:
-                self._feed_scopes.discard(scope)
+                del self._feeds[feed]
+
+    async def say_draining(self) -> None:
+        """Tell the client that this node is about to leave."""
+        await self._control.send({"type": "draining"})
 
     async def _watch_client(self, scope: trio.CancelScope) -> None:
-        """The reader may be busy with a step for long; a client that left ends it at once."""
+        """A client that left ends everything at once, whatever waits unread."""
         await self._control.wait_broken()
         scope.cancel()
 
-    async def _read_control(self) -> None:
+    async def _read_control(self, nursery: trio.Nursery) -> None:
         while (frame := await self._control.receive()) is not None:
-            if frame.header.get("type") == "link":
-                await self._link(Link.parse(frame.header))
-            elif self.opened.sender is None:
-                await self._take(frame)
+            kind = frame.header.get("type")
+            if kind == "link":
+                if self._linking >= MAX_LINKS_AT_ONCE:
+                    raise BadMessage("too many links at once")
+                nursery.start_soon(self._link, Link.parse(frame.header, self.opened.rows))
+            elif kind == "expect":
+                await self._expect(text(frame.header.get("peer")), frame.header.get("also") is True)
+            elif kind == "where":
+                seen, sent = self._seen, self._log.last_seq
+                await self._control.send({"type": "at", "seen": seen, "sent": sent})
+            elif kind == "reach":
+                lengths = wholes(frame.header.get("lengths"), MAX_ROWS, MAX_POSITION)
+                nursery.start_soon(self._reach, lengths)
             else:
-                raise BadMessage("steps of this session come from another peer")
+                raise BadMessage("a message of unknown type")
+
+    async def _expect(self, peer: str, also: bool) -> None:
+        """From now on that peer is the sender, or another; what the old one still says is void."""
+        if also:
+            self.senders = {*list(self.senders)[-1:], peer}
+        else:
+            self.senders = {peer}
+            for feed, scope in list(self._feeds.items()):
+                if feed.peer_id != peer:
+                    scope.cancel()
+                    feed.reset()
+        await self._control.send({"type": "expecting"})
+
+    async def _reach(self, lengths: tuple[int, ...]) -> None:
+        await self._rows.wait_lengths(lengths)
+        await self._control.send({"type": "reached"})
 
     async def _take(self, frame: Frame) -> None:
         """Compute one step and queue its output. What cannot be taken is told to the client."""
-        async with self._one_step:
-            await self._compute(frame)
-
-    async def _compute(self, frame: Frame) -> None:
         step = Step.parse(frame.header, self.opened.rows)
-        try:
-            hidden = self._check_hidden(step, frame)
-            rows = [self._row_work(segment) for segment in step.segments]
-            self._reserve(step)
-            output = await self._engine.run(self.opened.start, self.opened.end, rows, hidden)
-        except (Refusal, LocalProtocolError) as problem:
-            code = problem.code if isinstance(problem, Refusal) else "internal"
-            await self._control.send(error_wire(code, str(problem)))
-            return
-        await self._outbox.send(Outgoing(step, output))
+        self._seen = max(self._seen, step.seq)
+        started = trio.current_time()
+        async with self._one_step:
+            try:
+                hidden = self._check_hidden(step, frame)
+                rows = self._rows.prepare(step)
+                output = await self._engine.run(self.opened.start, self.opened.end, rows, hidden)
+            except (Refusal, LocalProtocolError) as problem:
+                code = problem.code if isinstance(problem, Refusal) else "internal"
+                await self._control.send(error_wire(code, str(problem)))
+                return
+            self._rows.done()
+            took = round((trio.current_time() - started) * 1e6)
+            await self._outlet.put(step.passed(took), output)
 
     def _check_hidden(self, step: Step, frame: Frame) -> torch.Tensor:
         shape = (step.tokens, self._engine.span.config.hidden_size)
@@ -149,86 +169,88 @@ class HopSession:
             raise BadMessage("the hidden states are not floating point")
         return frame.tensors[0]
 
-    def _row_work(self, segment: Segment) -> RowWork:
-        cache = self._rows.get(segment.row)
-        if cache is None:
-            cache = self._engine.span.new_row(self.opened.start, self.opened.end)
-            self._rows[segment.row] = cache
-        if segment.position > cache.length:
-            raise Refusal(
-                "gap", f"row {segment.row} has {cache.length} positions, not {segment.position}"
-            )
-        limit = self._engine.span.config.max_positions
-        if segment.position + segment.n > limit:
-            raise Refusal("context", f"the model's context is {limit} tokens")
-        return RowWork(cache, segment.position, segment.n)
-
-    def _reserve(self, step: Step) -> None:
-        after = {row: cache.length for row, cache in self._rows.items()}
-        after.update({s.row: s.position + s.n for s in step.segments})
-        # What the memory takes: rolling back keeps it, and it grows in strides.
-        held = (self._rows[row].capacity_after(length) for row, length in after.items())
-        wanted = sum(held) * (self.opened.end - self.opened.start)
-        if not self._budget.resize(self._held, wanted):
-            raise Refusal("busy", f"room for {self._budget.tokens_free} more cached tokens only")
-        self._held = wanted
-
     async def _link(self, link: Link) -> None:
-        """Push outputs to ``link.peer`` from now on."""
-        if self._next is not None:
-            self._next.reset()
-            self._next = None
+        """Push outputs to ``link.peer`` from now on, or bring it up to date as a spare."""
+        self._linking += 1
         try:
-            with trio.fail_after(LINK_DEADLINE_S):
-                self._next = await self._open_feed(link)
+            logged = [self._log.length(row) for row in range(self.opened.rows)]
+            if link.peer is None:
+                await self._outlet.attach(self._pass_through, link.replay, None)
+            else:
+                await self._link_peer(link, link.peer)
         except (PeerError, trio.TooSlowError) as error:
             why = str(error) or f"no answer within {LINK_DEADLINE_S:.0f} s"
-            await self._control.send(error_wire("link", why, link.peer))
+            await self._control.send(error_wire("link", why, link.session))
             return
-        await self._control.send({"type": "linked", "peer": link.peer})
+        finally:
+            self._linking -= 1
+        await self._control.send({"type": "linked", "session": link.session, "logged": logged})
 
-    async def _open_feed(self, link: Link) -> FrameStream:
-        stream = await self._connect(link.peer, link.addrs, HOP_PROTOCOL)
-        await stream.send(feed_wire(self.opened.session))
-        answer = await stream.receive()
-        if answer is None or answer.header.get("type") != "fed":
-            stream.reset()
-            raise PeerError(f"Peer {link.peer} does not take the feed.", peer_id=link.peer)
-        return stream
-
-    async def _send_outputs(self) -> None:
-        async for outgoing in self._to_send:
-            with trio.fail_after(SEND_DEADLINE_S):
-                await self._send(outgoing)
-
-    async def _send(self, outgoing: Outgoing) -> None:
-        stream = self._next
+    async def _link_peer(self, link: Link, peer: str) -> None:
+        stream = self._spares.pop(link.session, None)
         if stream is None:
-            await self._control.send(*returned(outgoing))
-            return
-        try:
-            await stream.send(outgoing.step.to_wire(), [outgoing.hidden])
-        except PeerError as error:
-            if self._next is stream:
-                self._next = None
-            await self._control.send(error_wire("next", str(error), stream.peer_id))
+            with trio.fail_after(LINK_DEADLINE_S):
+                stream = await open_feed(self._connect, peer, link.addrs, link.session)
+        deliver = partial(send_step, stream)
+        if link.spare:
+            self._spares[link.session] = stream
+            await self._outlet.bring_up(deliver, link.replay)
+        else:
+            self._next = link.session
+            await self._outlet.attach(deliver, link.replay, stream)
+
+    async def _lost_next(self, error: PeerError) -> None:
+        await self._control.send(error_wire("next", str(error), self._next))
+
+    async def _return(self, step: Step, hidden: torch.Tensor) -> None:
+        """The last hop's way: to the client, what it wants. Nobody awaits a replay."""
+        if step.seq:
+            await self._control.send(*returned(step, hidden))
+
+    async def _pass_through(self, step: Step, hidden: torch.Tensor) -> None:
+        await self._control.send({**step.to_wire(), "type": "through"}, [hidden])
 
     def _drop(self) -> None:
-        for stream in (self._control, self._feed, self._next):
-            if stream is not None:
-                stream.reset()
-        for scope in list(self._feed_scopes):
+        for stream in (self._control, *self._feeds, *self._spares.values()):
+            stream.reset()
+        self._outlet.detach()
+        for scope in list(self._feeds.values()):
             scope.cancel()
-        self._rows.clear()
-        self._budget.resize(self._held, 0)
+        self._rows.drop()
+        self._log.drop()
 
 
-def returned(outgoing: Outgoing) -> tuple[dict[str, Any], list[torch.Tensor]]:
+async def open_feed(
+    connect: Connect, peer: str, addrs: tuple[str, ...], session: bytes
+) -> FrameStream:
+    """A stream on which ``peer`` takes steps of the session. Raises ``PeerError``."""
+    stream = await connect(peer, addrs, HOP_PROTOCOL)
+    try:
+        await stream.send(feed_wire(session))
+        answer = await stream.receive()
+    except BaseException:
+        stream.reset()
+        raise
+    if answer is None or answer.header.get("type") != "fed":
+        stream.reset()
+        raise PeerGone(f"Peer {peer} does not take the feed.", peer_id=peer)
+    return stream
+
+
+async def send_step(stream: FrameStream, step: Step, hidden: torch.Tensor) -> None:
+    """Deliver a step on a feed. Raises ``PeerGone`` that names the receiver."""
+    try:
+        await stream.send(step.to_wire(), [hidden])
+    except PeerError as error:
+        raise PeerGone(str(error), peer_id=stream.peer_id) from error
+
+
+def returned(step: Step, hidden: torch.Tensor) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """The ``out`` frame: of each segment only the last ``want`` outputs."""
     parts = []
     offset = 0
-    for segment in outgoing.step.segments:
+    for segment in step.segments:
         offset += segment.n
-        parts.append(outgoing.hidden[offset - segment.want : offset])
+        parts.append(hidden[offset - segment.want : offset])
     wanted = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return Step(outgoing.step.seq, outgoing.step.segments, "out").to_wire(), [wanted]
+    return {**step.to_wire(), "type": "out"}, [wanted]

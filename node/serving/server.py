@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import trio
 
 from petalnode.errors import PeerError, PeerMisbehaved
@@ -9,10 +11,14 @@ from petalnode.p2p.frames import Frame, FrameStream
 from petalnode.protocol import BadMessage, Open, max_payload_bytes, refusal_wire, session_id
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
-from petalnode.serving.hop_session import Connect, HopSession, Refusal
+from petalnode.serving.hop_session import Connect, HopSession
+from petalnode.serving.rows import Refusal
 
 MAX_SESSIONS = 256
 MAX_SESSIONS_PER_PEER = 64
+DEFAULT_LOG_TOKENS = 1 << 16
+"""Hidden states that replay logs keep, for all sessions together, when nothing else was said."""
+TELL_DEADLINE_S = 2.0
 HELLO_DEADLINE_S = 10.0
 """For the first frame on a new stream."""
 
@@ -21,10 +27,17 @@ class HopServer:
     """The sessions of one node. ``handle`` is the stream handler of ``HOP_PROTOCOL``."""
 
     def __init__(
-        self, engine: SpanEngine, budget: KvBudget, *, fingerprint: str, connect: Connect
+        self,
+        engine: SpanEngine,
+        budget: KvBudget,
+        *,
+        fingerprint: str,
+        connect: Connect,
+        log_budget: KvBudget | None = None,
     ) -> None:
         self._engine = engine
         self._budget = budget
+        self._log_budget = log_budget or KvBudget(DEFAULT_LOG_TOKENS, 1)
         self._fingerprint = fingerprint
         self._connect = connect
         self._sessions: dict[bytes, HopSession] = {}
@@ -35,6 +48,13 @@ class HopServer:
     def sessions(self) -> int:
         """Open sessions."""
         return len(self._sessions)
+
+    async def drain(self) -> None:
+        """Take no new sessions, and tell the clients of those here to move."""
+        self.draining = True
+        for session in list(self._sessions.values()):
+            with trio.move_on_after(TELL_DEADLINE_S), suppress(PeerError):
+                await session.say_draining()
 
     async def wait_idle(self) -> None:
         """Until no session is open."""
@@ -83,7 +103,9 @@ class HopServer:
 
     def _open(self, opened: Open, stream: FrameStream) -> HopSession:
         self._check(opened, stream.peer_id)
-        session = HopSession(opened, stream, self._engine, self._budget, self._connect)
+        session = HopSession(
+            opened, stream, self._engine, self._budget, self._log_budget, self._connect
+        )
         self._sessions[opened.session] = session
         return session
 
@@ -106,7 +128,7 @@ class HopServer:
 
     async def _feed(self, session: bytes, stream: FrameStream) -> None:
         found = self._sessions.get(session)
-        if found is None or found.opened.sender != stream.peer_id:
+        if found is None or stream.peer_id not in found.senders:
             raise Refusal("session", "no session here awaits a feed from you under that name")
         try:
             await found.serve_feed(stream)

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import trio
 
-from petalnode.compute import ComputeThread
-from petalnode.events import Loading, Report
+from petalnode.compute import Compute
+from petalnode.events import Downloading, Loading, Report
 from petalnode.models.checkpoint import Checkpoint
-from petalnode.models.config import ModelConfig
 from petalnode.models.devices import free_bytes
-from petalnode.models.layout import block_layout
+from petalnode.models.host_memory import available_bytes
 from petalnode.models.loading import load_block_span
 from petalnode.models.span import RowSlice, Span
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.hop_session import Connect
+from petalnode.serving.memory_plan import FreeMemory
 from petalnode.serving.server import HopServer
 
-WEIGHT_SHARE = 0.75
-"""Of the free memory, for weights when the number of blocks is not given."""
 KV_SHARE = 0.5
 """Of what is free after loading, for attention caches when ``--kv-tokens`` is not given."""
 MAX_KV_TOKENS = 1 << 20
@@ -61,6 +57,10 @@ class SpanService:
         return {"weights": self.span.param_bytes, "peak": peak_bytes()}
 
 
+Measure = Callable[[Span], Throughput]
+"""Finds out how fast a loaded span is."""
+
+
 def peak_bytes() -> int:
     """The most memory that this process has had resident.
 
@@ -73,14 +73,10 @@ def peak_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def blocks_that_fit(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """How many blocks the free memory holds, at least one, at most all."""
-    block_bytes = max(
-        sum(spec.numel for spec in block_layout(config, index).values()) * dtype.itemsize
-        for index in range(config.num_blocks)
-    )
-    fitting = int(free_bytes(device) * WEIGHT_SHARE) // block_bytes
-    return max(1, min(config.num_blocks, fitting))
+def free_memory(device: torch.device) -> FreeMemory:
+    """What is really free now."""
+    free = free_bytes(device)
+    return FreeMemory(str(device), free, free if device.type == "cpu" else available_bytes())
 
 
 async def load_service(
@@ -89,23 +85,29 @@ async def load_service(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quant: str,
     kv_tokens: int | None,
-    compute: ComputeThread,
+    compute: Compute,
     connect: Connect,
+    measure: Measure,
     report: Report,
+    keep: Span | None = None,
 ) -> SpanService:
     """Load the blocks, measure them, and put engine and server around them.
 
-    Raises ``ModelError`` or ``UsageError``. Loading runs in the worker thread.
+    Blocks that ``keep`` holds, a span loaded here before, are taken from there. Raises
+    ``ModelError`` or ``UsageError``. Loading runs in the worker thread.
     """
 
     def progress(done: int, total: int) -> None:
-        trio.from_thread.run_sync(report, Loading(blocks, done, total))
+        compute.tell(lambda: report(Loading(blocks, done, total)))
 
-    span = await compute.run(
-        partial(load_block_span, checkpoint, *blocks, dtype=dtype, device=device, progress=progress)
-    )
-    throughput = await compute.run(partial(measure_throughput, span, time.perf_counter))
+    def fetching(file: str, done: int, total: int) -> None:
+        compute.tell(lambda: report(Downloading(file, done, total)))
+
+    load = partial(load_block_span, checkpoint, *blocks, dtype=dtype, device=device, quant=quant)
+    span = await compute.run(partial(load, keep=keep, progress=progress, fetching=fetching))
+    throughput = await compute.run(partial(measure, span))
     tokens = kv_tokens or default_kv_tokens(span)
     budget = KvBudget(tokens, span.end - span.start)
     engine = SpanEngine(span, compute)

@@ -1,251 +1,291 @@
-"""The client's end of a chain: one control stream and one reader task a hop.
+"""The client's end of a chain: steps go in, outputs come back, whatever dies on the way.
 
-Hidden states go to the first hop on its control stream, from hop to hop on feed streams that the
-hops open among themselves, and come back on the last hop's control stream. ``open_chain`` owns the
-nursery; leaving it resets every stream, which frees the session's caches on every hop.
+The client holds a control stream and a reader task for each hop (`line.py`) and feeds the first
+one; hops feed each other, and the last returns outputs on its control stream. What must be mended
+is noticed here and done in `recovery.py`, between two looks at the output that is awaited.
+``open_chain`` owns the nursery; leaving it resets every stream, which frees the session's caches
+on every hop.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
 import trio
 
-from petalnode.errors import PeerError, PeerGone, PeerMisbehaved, PeerRefused
+from petalnode.errors import PeerError, PeerGone, PeerRefused
 from petalnode.nurseries import plain_errors
-from petalnode.p2p.frames import Frame, FrameStream
+from petalnode.outlet import Outlet
+from petalnode.p2p.frames import Frame
 from petalnode.protocol import (
-    HOP_PROTOCOL,
+    MAX_PENDING,
     MAX_STEP_TOKENS,
-    MAX_TEXT,
-    SESSION_ID_BYTES,
     BadMessage,
-    Link,
-    Open,
+    Replay,
     Segment,
     Step,
+    session_id,
 )
+from petalnode.replay import ReplayLog, Source
 from petalnode.routing.chain import Hop
+from petalnode.serving.budget import KvBudget
+from petalnode.session.line import Line, Opener, link_key, misbehaved, words
+from petalnode.session.recovery import Mender, Replacements
 
-OPEN_DEADLINE_S = 15.0
-"""For every hop to accept the session and reach the next."""
-OPEN_HOP_DEADLINE_S = 8.0
-"""For one hop to accept it; it alone is to blame otherwise."""
-STEP_DEADLINE_S = 120.0
-"""For the chain to return one chunk, counted from the previous one."""
-
-
-class Opener(Protocol):
-    """The part of the host that a chain needs."""
-
-    async def open_stream(self, peer_id: str, protocol: str) -> FrameStream:
-        """A new stream to ``peer_id``."""
+PATIENCE_S = 4.0
+"""Without any output for so long, or ``PATIENCE_STEPS`` usual steps, the hops are asked."""
+PATIENCE_STEPS = 6.0
+RELAY_LOG_TOKENS = 1 << 20
+"""Hidden states that a client without token ids, or one that relays, remembers."""
 
 
 @dataclass(eq=False)
 class _Awaited:
-    """One chunk on its way through the chain."""
+    """One step on its way through the chain."""
 
-    wanted: int
-    arrived: trio.Event = field(default_factory=trio.Event)
+    step: Step
     hidden: torch.Tensor | None = None
+
+    @property
+    def wanted(self) -> int:
+        return sum(segment.want for segment in self.step.segments)
 
 
 class Chain:
     """An open chain. One ``forward`` at a time. Made by ``open_chain``."""
 
-    def __init__(self, hops: Sequence[Hop], rows: int, hidden_size: int) -> None:
-        self.hops = tuple(hops)
-        self.rows = rows
-        self._hidden_size = hidden_size
-        self._streams: list[FrameStream] = []
+    def __init__(self, setup: ChainSetup, nursery: trio.Nursery) -> None:
+        self.setup = setup
+        self.lines: list[Line] = []
+        self.committed = [0] * setup.rows
+        self.head = Outlet(setup.source or ReplayLog(setup.rows, relay_budget()), self._lost_feed)
+        self.stepping = trio.Lock()
+        self.unmended: PeerError | None = None
+        self._nursery = nursery
         self._awaited: dict[int, _Awaited] = {}
-        self._linked = [trio.Event() for _ in self.hops]
         self._seq = 0
-        self._failure: PeerError | None = None
-        self._outbox, self._to_send = trio.open_memory_channel[tuple[Step, torch.Tensor]](0)
+        self._news = trio.Event()
+        self._usual_s = 0.0
+        self._mender = Mender(self)
+        nursery.start_soon(self.head.run)
 
-    async def forward(self, segments: Sequence[Segment], hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """The hops as they are now."""
+        return tuple(line.hop for line in self.lines)
+
+    @property
+    def rows(self) -> int:
+        return self.setup.rows
+
+    async def forward(
+        self, segments: Sequence[Segment], hidden: torch.Tensor, order: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Run ``hidden`` [T, H] of ``segments``, in order, through all hops.
 
-        Returns [W, H], the outputs that the segments want, in order. Raises what the chain failed
-        with: ``PeerGone``, ``PeerRefused`` or ``PeerMisbehaved``, naming the peer.
+        ``order`` rearranges rows of equal length before: row i goes on from row ``order[i]``.
+        Returns [W, H], the outputs that the segments want, in order. Hops that are lost meanwhile
+        are replaced. Raises what cannot be mended: ``PeerError`` or ``NoRoute``.
         """
-        sent: list[int] = []
-        try:
-            offset = 0
-            for chunk in chunks(segments, MAX_STEP_TOKENS):
-                tokens = sum(segment.n for segment in chunk)
-                sent.append(await self._send(chunk, hidden[offset : offset + tokens]))
-                offset += tokens
-            parts = [await self._await_output(seq) for seq in sent]
-        finally:
-            for seq in sent:
-                self._awaited.pop(seq, None)
+        async with self.stepping:
+            sent: list[_Awaited] = []
+            try:
+                await self._mender.mend()
+                self._begin(segments, order)
+                offset = 0
+                for chunk in chunks(segments, MAX_STEP_TOKENS):
+                    tokens = sum(segment.n for segment in chunk)
+                    if len(sent) >= MAX_PENDING:
+                        await self._arrival(sent[-MAX_PENDING])
+                    part = hidden[offset : offset + tokens]
+                    sent.append(await self._send(chunk, part, () if sent else order))
+                    offset += tokens
+                parts = [await self._arrival(awaited) for awaited in sent]
+            finally:
+                for awaited in sent:
+                    self._awaited.pop(awaited.step.seq, None)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    async def _send(self, chunk: Sequence[Segment], hidden: torch.Tensor) -> int:
-        self._raise_failure()
+    def pending(self) -> tuple[Step, ...]:
+        """The steps whose outputs are still awaited, in order."""
+        return tuple(a.step for a in self._awaited.values() if a.hidden is None)
+
+    def is_pending(self, seq: int) -> bool:
+        """Whether a step's output is still awaited."""
+        return seq in self._awaited and self._awaited[seq].hidden is None
+
+    def replay(self, held: Sequence[int] | None) -> Replay:
+        """What a receiver needs that has so much of each row (None: all) already."""
+        start = self.committed if held is None else map(min, held, self.committed)
+        return Replay(tuple(start), tuple(self.committed), self.pending())
+
+    def start_line(self, line: Line) -> None:
+        """Read what a new hop says, to its end."""
+        self._nursery.start_soon(self._read, line)
+
+    def start(self, task: object, *args: object) -> None:
+        """Run something for as long as the chain is open."""
+        self._nursery.start_soon(task, *args)  # type: ignore[arg-type]
+
+    def new_outlet(self) -> Outlet:
+        """For what the client passes on from a hop to the next."""
+        outlet = Outlet(ReplayLog(self.rows, relay_budget()), self._lost_feed)
+        self._nursery.start_soon(outlet.run)
+        return outlet
+
+    def lose(self, line: Line, error: PeerError) -> None:
+        """Give a hop up; whoever awaits an output sees to the rest."""
+        line.lose(error)
+        self.wake()
+
+    def wake(self) -> None:
+        """Something happened: look again."""
+        news, self._news = self._news, trio.Event()
+        news.set()
+
+    def _begin(self, segments: Sequence[Segment], order: Sequence[int]) -> None:
+        if order:
+            self.committed = [self.committed[source] for source in order]
+        for segment in segments:
+            self.committed[segment.row] = min(self.committed[segment.row], segment.position)
+        self._mender.rolled_back(self.committed, rearranged=bool(order))
+
+    async def _send(
+        self, chunk: Sequence[Segment], hidden: torch.Tensor, order: Sequence[int]
+    ) -> _Awaited:
         self._seq += 1
-        step = Step(self._seq, tuple(chunk))
-        self._awaited[step.seq] = _Awaited(sum(segment.want for segment in chunk))
-        await self._outbox.send((step, hidden))
-        return step.seq
+        awaited = _Awaited(Step(self._seq, tuple(chunk), order=tuple(order)))
+        self._awaited[self._seq] = awaited
+        await self.head.put(awaited.step, hidden)
+        return awaited
 
-    async def _send_steps(self) -> None:
-        """Send what ``forward`` hands over. In a task of its own: half a frame would break the
-        stream, so a caller that is cancelled must not cut one off."""
-        async for step, hidden in self._to_send:
-            if self._failure is not None or step.seq not in self._awaited:
-                continue
-            with trio.move_on_after(STEP_DEADLINE_S) as scope:
-                try:
-                    await self._streams[0].send(step.to_wire(), [hidden])
-                except PeerError as error:
-                    self._fail(error)
+    async def _arrival(self, awaited: _Awaited) -> torch.Tensor:
+        started = trio.current_time()
+        while awaited.hidden is None:
+            await self._mender.mend()
+            if awaited.hidden is not None:
+                break
+            patience = max(PATIENCE_S, PATIENCE_STEPS * self._usual_s)
+            with trio.move_on_after(patience) as scope:
+                await self._news.wait()
             if scope.cancelled_caught:
-                self._fail(silent(self.hops[0], STEP_DEADLINE_S))
-
-    async def _await_output(self, seq: int) -> torch.Tensor:
-        awaited = self._awaited[seq]
-        with trio.move_on_after(STEP_DEADLINE_S):
-            await awaited.arrived.wait()
-        if awaited.hidden is None and self._failure is None:
-            self._fail(silent(self.hops[-1], STEP_DEADLINE_S))
-        self._raise_failure()
-        assert awaited.hidden is not None
+                await self._mender.find_stuck(awaited.step.seq)
+        self._mender.look_for_slow()
+        self._usual_s += (trio.current_time() - started - self._usual_s) / 8
         return awaited.hidden
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    async def _lost_feed(self, error: PeerError) -> None:
+        """A stream on which the client feeds a hop broke."""
+        for line in self.lines:
+            if line.peer_id == error.peer_id and line.outlet is not None:
+                line.feeder = None
+        self.wake()
 
-    def _fail(self, error: PeerError) -> None:
-        """Remember the first failure and wake whoever waits."""
-        if self._failure is None:
-            self._failure = error
-        for awaited in self._awaited.values():
-            awaited.arrived.set()
-        for linked in self._linked:
-            linked.set()
-
-    async def _read(self, index: int) -> None:
+    async def _read(self, line: Line) -> None:
         """One hop's control stream, to its end. Failures are kept, never raised."""
-        hop, stream = self.hops[index], self._streams[index]
         try:
-            while (frame := await stream.receive()) is not None:
-                self._take(index, frame)
-            self._fail(PeerGone(f"Peer {hop.peer_id} closed the session.", peer_id=hop.peer_id))
+            while (frame := await line.control.receive()) is not None:
+                await self._take(line, frame)
+            gone = PeerGone(f"Peer {line.peer_id} closed the session.", peer_id=line.peer_id)
+            self.lose(line, gone)
         except PeerError as error:
-            self._fail(error)
+            self.lose(line, error)
         except BadMessage as bad:
-            self._fail(misbehaved(hop.peer_id, str(bad)))
+            self.lose(line, misbehaved(line.peer_id, str(bad)))
 
-    def _take(self, index: int, frame: Frame) -> None:
+    async def _take(self, line: Line, frame: Frame) -> None:
         kind = frame.header.get("type")
         if kind == "out":
-            if index == len(self.hops) - 1:
-                self._take_output(Step.parse(frame.header, self.rows), frame)
+            self._take_output(line, Step.parse(frame.header, self.rows), frame)
+        elif kind == "through":
+            await self._take_through(line, Step.parse(frame.header, self.rows), frame)
         elif kind == "linked":
-            self._linked[index].set()
+            line.take_answer(link_key(session_id(frame.header)), frame.header)
+        elif kind in ("expecting", "at", "reached"):
+            line.take_answer(kind, frame.header)
         elif kind == "error":
-            following = self.hops[index + 1].peer_id if index + 1 < len(self.hops) else None
-            self._fail(reported(self.hops[index].peer_id, following, frame.header))
+            self._take_error(line, frame)
+        elif kind == "draining":
+            self._mender.leave(line)
         else:
             raise BadMessage("a message of unknown type")
 
-    def _take_output(self, step: Step, frame: Frame) -> None:
+    def _take_error(self, line: Line, frame: Frame) -> None:
+        code, why = words(frame.header, "code"), words(frame.header, "why")
+        if code == "link":
+            line.take_link_error(session_id(frame.header), why)
+        elif code == "next":
+            self._mender.lost_next(line, session_id(frame.header), why)
+        else:
+            error = PeerRefused(
+                f"Peer {line.peer_id} cannot go on ({code}): {why}.", "", line.peer_id, code
+            )
+            self.lose(line, error)
+
+    def _take_output(self, line: Line, step: Step, frame: Frame) -> None:
         awaited = self._awaited.get(step.seq)
-        if awaited is None:
-            return  # of a step that was given up
-        shape = (awaited.wanted, self._hidden_size)
+        if awaited is None or awaited.hidden is not None or line is not self.lines[-1]:
+            return  # of a step that was given up, or has come already
+        shape = (awaited.wanted, self.setup.hidden_size)
         if len(frame.tensors) != 1 or tuple(frame.tensors[0].shape) != shape:
             raise BadMessage(f"an output is not of shape {shape}")
         awaited.hidden = frame.tensors[0]
-        awaited.arrived.set()
+        for segment in awaited.step.segments:
+            self.committed[segment.row] = segment.position + segment.n
+        if len(step.took) == len(self.lines) and step.tokens == 1:
+            self._mender.note_took(step.took)
+        self.wake()
 
-    async def _open(
-        self, opener: Opener, fingerprint: str, addrs: Mapping[str, tuple[str, ...]]
-    ) -> None:
-        """Open all hops at once, then link each to its next, all at once."""
-        session = secrets.token_bytes(SESSION_ID_BYTES)
-        streams: dict[int, FrameStream] = {}
+    async def _take_through(self, line: Line, step: Step, frame: Frame) -> None:
+        shape = (step.tokens, self.setup.hidden_size)
+        if len(frame.tensors) != 1 or tuple(frame.tensors[0].shape) != shape:
+            raise BadMessage(f"hidden states are not of shape {shape}")
+        if line.through is not None:
+            await line.through.put(step, frame.tensors[0])
 
-        async def open_hop(index: int) -> None:
-            hop = self.hops[index]
-            sender = self.hops[index - 1].peer_id if index else None
-            opened = Open(session, fingerprint, hop.start, hop.end, self.rows, sender)
-            try:
-                with trio.fail_after(OPEN_HOP_DEADLINE_S):
-                    streams[index] = await opener.open_stream(hop.peer_id, HOP_PROTOCOL)
-                    await streams[index].send(opened.to_wire())
-                    check_opened(hop.peer_id, await streams[index].receive())
-            except trio.TooSlowError:
-                raise PeerGone(
-                    f"Peer {hop.peer_id} did not open a session in {OPEN_HOP_DEADLINE_S:.0f} s.",
-                    "Try again; `petalnode status` shows who answers.",
-                    hop.peer_id,
-                ) from None
 
-        try:
-            with plain_errors():
-                async with trio.open_nursery() as nursery:
-                    for index in range(len(self.hops)):
-                        nursery.start_soon(open_hop, index)
-        finally:
-            self._streams = [streams[index] for index in sorted(streams)]
-        for hop, stream in zip(self.hops[1:], self._streams, strict=False):
-            await stream.send(Link(hop.peer_id, addrs.get(hop.peer_id, ())).to_wire())
+@dataclass(frozen=True)
+class ChainSetup:
+    """What a chain is made of. ``source`` gives its inputs again; by default they are kept.
 
-    async def _wait_linked(self) -> None:
-        for linked in self._linked[:-1]:
-            await linked.wait()
-        self._raise_failure()
+    ``client`` is our own peer id. Without ``replacements`` a hop that is lost ends the chain.
+    """
 
-    def _reset(self) -> None:
-        for stream in self._streams:
-            stream.reset()
+    opener: Opener
+    client: str
+    fingerprint: str
+    hidden_size: int
+    rows: int = 1
+    addrs: Mapping[str, tuple[str, ...]] | None = None
+    source: Source | None = None
+    replacements: Replacements | None = None
+
+
+def relay_budget() -> KvBudget:
+    return KvBudget(RELAY_LOG_TOKENS, 1)
 
 
 @asynccontextmanager
-async def open_chain(
-    opener: Opener,
-    hops: Sequence[Hop],
-    *,
-    fingerprint: str,
-    hidden_size: int,
-    rows: int = 1,
-    addrs: Mapping[str, tuple[str, ...]] | None = None,
-) -> AsyncIterator[Chain]:
+async def open_chain(setup: ChainSetup, hops: Sequence[Hop]) -> AsyncIterator[Chain]:
     """Open a session on every hop of a chain, link them, and close it all on leaving.
 
     Raises ``PeerUnreachable``, ``PeerRefused``, ``PeerGone`` or ``PeerMisbehaved``, naming the
-    first hop that failed. ``addrs`` are the hops' addresses, for the hops that dial each other.
+    first hop that failed.
     """
-    chain = Chain(hops, rows, hidden_size)
+    chain: Chain | None = None
     try:
         with plain_errors():
             async with trio.open_nursery() as nursery:
-                with trio.move_on_after(OPEN_DEADLINE_S) as deadline:
-                    await chain._open(opener, fingerprint, addrs or {})
-                    for index in range(len(chain.hops)):
-                        nursery.start_soon(chain._read, index)
-                    nursery.start_soon(chain._send_steps)
-                    await chain._wait_linked()
-                if deadline.cancelled_caught:
-                    raise PeerGone(
-                        f"The chain {describe(hops)} did not open in {OPEN_DEADLINE_S:.0f} s.",
-                        "Try again; `petalnode status` shows who answers.",
-                    )
+                chain = Chain(setup, nursery)
+                await chain._mender.open(hops)
                 yield chain
                 nursery.cancel_scope.cancel()
     finally:
-        chain._reset()
+        for line in chain.lines if chain is not None else ():
+            line.control.reset()
 
 
 def chunks(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
@@ -268,48 +308,6 @@ def chunks(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
                 result.append([])
                 room = size
     return [chunk for chunk in result if chunk]
-
-
-def check_opened(peer_id: str, frame: Frame | None) -> None:
-    """Raise unless the hop said ``opened``."""
-    if frame is None:
-        raise PeerGone(f"Peer {peer_id} closed the session at once.", peer_id=peer_id)
-    kind = frame.header.get("type")
-    if kind == "refused":
-        why, code = words(frame.header, "why"), words(frame.header, "code")
-        raise PeerRefused(f"Peer {peer_id} refused the session: {why}.", "", peer_id, code)
-    if kind != "opened":
-        raise misbehaved(peer_id, "it answered neither opened nor refused")
-
-
-def reported(peer_id: str, following: str | None, header: Mapping[str, Any]) -> PeerError:
-    """What a hop's error message means: who is to blame is not always who reports."""
-    code, why, blamed = words(header, "code"), words(header, "why"), words(header, "peer")
-    if code in ("next", "link"):
-        if blamed != following:
-            return misbehaved(peer_id, "it blames a peer that is not its next hop")
-        return PeerGone(f"Peer {peer_id} lost its next hop {blamed}: {why}", peer_id=blamed)
-    return PeerRefused(f"Peer {peer_id} cannot go on ({code}): {why}.", "", peer_id, code)
-
-
-def words(header: Mapping[str, Any], key: str) -> str:
-    """Printable, bounded text that a peer sent."""
-    value = header.get(key, "")
-    if not isinstance(value, str):
-        return "(no text)"
-    return "".join(char if char.isprintable() else "?" for char in value[:MAX_TEXT])
-
-
-def misbehaved(peer_id: str, what: str) -> PeerMisbehaved:
-    return PeerMisbehaved(f"Peer {peer_id} broke the hop protocol: {what}.", peer_id=peer_id)
-
-
-def silent(hop: Hop, seconds: float) -> PeerGone:
-    return PeerGone(
-        f"Nothing came back from the chain within {seconds:.0f} s; its last hop is {hop.peer_id}.",
-        "Try again; `petalnode status` shows who answers.",
-        hop.peer_id,
-    )
 
 
 def describe(hops: Sequence[Hop]) -> str:

@@ -14,13 +14,13 @@ from functools import partial
 import torch
 import trio
 
-from petalnode.compute import ComputeThread
+from petalnode.compute import Compute
 from petalnode.errors import UsageError
 from petalnode.models.client import ClientParts
 from petalnode.models.sampling import Sampler, SamplingConfig
 from petalnode.models.text import TextStream
 from petalnode.models.tokenizer import Tokenizer
-from petalnode.protocol import Segment
+from petalnode.protocol import Segment, Step
 from petalnode.session.chain import Chain
 
 
@@ -47,17 +47,41 @@ class Token:
     ms: float
 
 
+class IdsSource:
+    """A chain's inputs from token ids: the last resort of a replay, never evicted (see Source)."""
+
+    def __init__(self, client: ClientParts, compute: Compute) -> None:
+        self.ids: list[int] = []
+        self.client = client
+        self.last_seq = self.ordered = 0
+        self._compute = compute
+
+    def length(self, row: int) -> int:
+        """See ``Source``."""
+        return len(self.ids)
+
+    async def read(self, row: int, start: int, end: int) -> torch.Tensor:
+        """See ``Source``."""
+        ids, positions = torch.tensor(self.ids[start:end]), torch.arange(start, end)
+        return await self._compute.run(partial(self.client.embed, ids, positions))
+
+    def record(self, step: Step, hidden: torch.Tensor) -> None:
+        """See ``Source``: the ids are remembered as it is."""
+        self.last_seq = max(self.last_seq, step.seq)
+
+
 class Session:
     """One sequence over one chain. Made by ``Node.open_session``; one user at a time."""
 
     def __init__(
-        self, chain: Chain, client: ClientParts, tokenizer: Tokenizer, compute: ComputeThread
+        self, chain: Chain, source: IdsSource, tokenizer: Tokenizer, compute: Compute
     ) -> None:
         self.chain = chain
-        self.ids: list[int] = []
+        self.ids = source.ids
         self.cached = 0
         self.tokenizer = tokenizer
-        self._client = client
+        self._source = source
+        self._client = source.client
         self._compute = compute
 
     @property
@@ -118,9 +142,7 @@ class Session:
         self.ids.extend(ids)
 
     async def _embed(self) -> torch.Tensor:
-        ids = torch.tensor(self.ids[self.cached :])
-        positions = torch.arange(self.cached, len(self.ids))
-        return await self._compute.run(partial(self._client.embed, ids, positions))
+        return await self._source.read(0, self.cached, len(self.ids))
 
     async def _forward(self, hidden: torch.Tensor, want: int) -> torch.Tensor:
         """Feed the embedded ids from ``cached`` on; the last ``want`` outputs [want, H]."""
@@ -162,9 +184,11 @@ class Generation:
         return self
 
     async def __anext__(self) -> Token:
+        session = self._session
+        if self.finish_reason is None and len(session.ids) >= session.max_positions:
+            self.finish_reason = "length"  # there was no room for even one
         if self.finish_reason is not None:
             raise StopAsyncIteration
-        session = self._session
         if not session.ids:
             raise UsageError("The session was rolled back to nothing.", "Start a new generation.")
         # Kept only from one undisturbed step to the next: whoever cancels a step, or rolls back

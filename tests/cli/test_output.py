@@ -1,9 +1,10 @@
 """What people and programs see of events."""
 
 import json
+import sys
 
 from petalnode import events
-from petalnode.cli.output import print_human, print_json
+from petalnode.cli.output import CLEAR_TO_END, end_progress, print_human, print_json
 from petalnode.survey import describe_swarm
 
 from ..routing.records import record
@@ -65,3 +66,25 @@ def test_status_of_a_swarm_with_a_hole(capsys):
     assert "Blocks 4 to 7" in swarm.not_used[0].why
     print_human(swarm)
     assert "NOT covered" in capsys.readouterr().out
+
+
+def test_progress_keeps_to_its_line_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    print_human(events.Downloading("a.safetensors", 1_000_000, 4_000_000))
+    print_human(events.Downloading("b", 2_000_000, 4_000_000))
+    print_human(events.Stopped())
+    print_human(events.Loading((0, 4), 1, 4))
+    end_progress()
+    print_human(events.Loading((0, 4), 4, 4))
+    end_progress()
+    err = capsys.readouterr().err
+    assert f"2 of 4 MB 50 % (b){CLEAR_TO_END}\nstopped\n\rloading" in err
+    assert f"1/4{CLEAR_TO_END}\n\rloading" in err
+    assert err.endswith(f"4/4{CLEAR_TO_END}\n")
+
+
+def test_progress_is_for_terminals(capsys):
+    print_human(events.Downloading("a.safetensors", 1, 4))
+    print_human(events.Loading((0, 4), 1, 4))
+    end_progress()
+    assert capsys.readouterr().err == ""

@@ -118,7 +118,7 @@ def test_an_unsupported_family_names_the_supported_ones(capsys, tmp_path):
     assert "llama" in error
 
 
-@pytest.mark.parametrize("flags", [["--quant", "int8"], ["--adapter", "x"], ["--api-port", "8000"]])
+@pytest.mark.parametrize("flags", [["--adapter", "x"], ["--api-port", "8000"]])
 def test_what_is_not_built_yet_says_so(capsys, flags):
     assert "not built yet" in fails(capsys, "run", "demo", *flags)
 

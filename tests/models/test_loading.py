@@ -203,6 +203,14 @@ def test_no_such_directory(tmp_path: Path) -> None:
     assert "is a file" in error(file)
 
 
+def test_a_revision_of_what_has_none(copy: Path) -> None:
+    for model in ("demo", str(copy)):
+        with pytest.raises(UsageError, match=r"not a hub repo and has no revision 'v2'"):
+            open_checkpoint(model, revision="v2")
+    with pytest.raises(UsageError, match=r"Two revisions are asked for: 'v1' in .*, and 'v2'"):
+        open_checkpoint("org/name@v1", revision="v2")
+
+
 def test_no_config(tmp_path: Path) -> None:
     assert "has no config.json" in error(tmp_path)
 
@@ -305,8 +313,16 @@ def test_wrong_shape_and_dtype(copy: Path) -> None:
 
 @pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "a.bin", 3, None])
 def test_index_stays_in_the_directory(copy: Path, shard: Any) -> None:
+    (copy / SINGLE).unlink()
     (copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     assert "not the name of a safetensors file" in error(copy)
+
+
+def test_one_file_goes_before_a_stale_index(copy: Path) -> None:
+    """Left behind by an earlier, larger model; transformers takes the one file too."""
+    fingerprint = open_checkpoint(str(copy)).fingerprint
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "a.safetensors"}}))
+    assert open_checkpoint(str(copy)).fingerprint == fingerprint
 
 
 def test_index_without_its_shard(tiny_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

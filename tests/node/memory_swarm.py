@@ -1,6 +1,6 @@
 """Real hop servers, engines and chains, with memory streams for a network."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,14 @@ from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 from petalnode.models.loading import load_block_span, load_client
 from petalnode.p2p.frames import FrameStream
 from petalnode.p2p.memory import memory_frame_pair
+from petalnode.replay import Source
 from petalnode.routing.chain import Hop
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.server import HopServer
-from petalnode.session.chain import Chain, open_chain
-from petalnode.session.session import Session
+from petalnode.session.chain import Chain, ChainSetup, open_chain
+from petalnode.session.recovery import Replacements
+from petalnode.session.session import IdsSource, Session
 
 
 @dataclass
@@ -38,6 +40,8 @@ class MemorySwarm:
         self.checkpoint = checkpoint
         self.servers: dict[str, Server] = {}
         self.errors: list[Exception] = []
+        self.cut: set[tuple[str, str]] = set()
+        self._open: list[tuple[str, str, FrameStream]] = []
         self._nursery = nursery
         self.client = load_client(checkpoint, dtype="float32")
         self.compute = ComputeThread()
@@ -62,31 +66,62 @@ class MemorySwarm:
         """A stream between two peers."""
         if to_peer not in self.servers:
             raise PeerUnreachable(f"Peer {to_peer} is not there.", peer_id=to_peer)
+        if (from_peer, to_peer) in self.cut:
+            raise PeerUnreachable(f"Peer {to_peer} does not answer.", peer_id=to_peer)
         ours, theirs = memory_frame_pair(from_peer, to_peer)
+        self._open.append((from_peer, to_peer, ours))
         self._nursery.start_soon(self._handle, self.servers[to_peer].server, theirs)
         return ours
+
+    def kill(self, peer_id: str) -> None:
+        """The peer is gone, with all its streams, as after a SIGKILL."""
+        self.servers.pop(peer_id, None)
+        self.reset_streams(lambda a, b: peer_id in (a, b))
+
+    def part(self, from_peer: str, to_peer: str) -> None:
+        """These two do not reach each other any more."""
+        self.cut |= {(from_peer, to_peer), (to_peer, from_peer)}
+        self.reset_streams(lambda a, b: {a, b} == {from_peer, to_peer})
+
+    def reset_streams(self, which: Callable[[str, str], bool]) -> None:
+        """Reset the streams between some peers."""
+        for stream in [s for a, b, s in self._open if which(a, b)]:
+            stream.reset()
+        self._open = [entry for entry in self._open if not which(*entry[:2])]
 
     async def open_stream(self, peer_id: str, protocol: str) -> FrameStream:
         """As a client of this swarm."""
         return self.dial("client", peer_id)
 
     @asynccontextmanager
-    async def chain(self, *hops: tuple[str, int, int], rows: int = 1) -> AsyncIterator[Chain]:
+    async def chain(
+        self,
+        *hops: tuple[str, int, int],
+        rows: int = 1,
+        source: Source | None = None,
+        replacements: Replacements | None = None,
+    ) -> AsyncIterator[Chain]:
         """An open chain over ``(peer, start, end)`` hops."""
-        async with open_chain(
+        setup = ChainSetup(
             self,
-            [Hop(*hop) for hop in hops],
-            fingerprint=self.checkpoint.fingerprint,
-            hidden_size=self.checkpoint.config.hidden_size,
-            rows=rows,
-        ) as chain:
+            "client",
+            self.checkpoint.fingerprint,
+            self.checkpoint.config.hidden_size,
+            rows,
+            source=source,
+            replacements=replacements,
+        )
+        async with open_chain(setup, [Hop(*hop) for hop in hops]) as chain:
             yield chain
 
     @asynccontextmanager
-    async def session(self, *hops: tuple[str, int, int]) -> AsyncIterator[Session]:
+    async def session(
+        self, *hops: tuple[str, int, int], replacements: Replacements | None = None
+    ) -> AsyncIterator[Session]:
         """A session over a chain of such hops."""
-        async with self.chain(*hops) as chain:
-            yield Session(chain, self.client, self.checkpoint.tokenizer(), self.compute)
+        source = IdsSource(self.client, self.compute)
+        async with self.chain(*hops, source=source, replacements=replacements) as chain:
+            yield Session(chain, source, self.checkpoint.tokenizer(), self.compute)
 
     async def _handle(self, server: HopServer, stream: FrameStream) -> None:
         try:

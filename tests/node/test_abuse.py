@@ -12,7 +12,7 @@ from petalnode.p2p.memory import memory_frame_pair
 from petalnode.protocol import HOP_PROTOCOL, Segment, Step
 
 from .memory_swarm import open_memory_swarm
-from .test_cancellation import open_control
+from .test_cancellation import open_control, open_feed
 from .test_chain import ONE, TWO, Garbler
 
 
@@ -35,8 +35,9 @@ async def test_rolled_back_cache_counts_while_its_memory_is_held(checkpoint):
     async with open_memory_swarm(checkpoint, ONE) as swarm:
         budget = swarm.servers["a"].budget
         stream = await open_control(swarm)
-        for seq, n in enumerate((200, 1)):
-            await stream.send(Step(seq, (Segment(0, 0, n, 0),)).to_wire(), [torch.zeros(n, 64)])
+        feed = await open_feed(swarm)
+        for seq, n in enumerate((200, 1), start=1):
+            await feed.send(Step(seq, (Segment(0, 0, n, 0),)).to_wire(), [torch.zeros(n, 64)])
             await stream.receive()
             assert budget.tokens_free == 100_000 - 200
         stream.reset()

@@ -25,6 +25,13 @@ async def open_control(swarm, **options):
     return stream
 
 
+async def open_feed(swarm):
+    stream = await swarm.open_stream("a", HOP_PROTOCOL)
+    await stream.send({"type": "feed", "session": bytes(16)})
+    assert (await stream.receive()).header["type"] == "fed"
+    return stream
+
+
 async def test_a_step_cancelled_while_the_choice_waits_is_repeated_exactly(checkpoint):
     expected = reference_tokens(checkpoint, prompt(9), 20)
     async with open_memory_swarm(checkpoint, TWO) as swarm, swarm.session(*TWO) as session:
@@ -81,7 +88,8 @@ async def test_a_client_that_leaves_during_its_step_frees_at_once(checkpoint):
 
         server.engine.run = never
         stream = await open_control(swarm)
-        await stream.send(Step(1, (Segment(0, 0, 9, 0),)).to_wire(), [torch.zeros(9, 64)])
+        feed = await open_feed(swarm)
+        await feed.send(Step(1, (Segment(0, 0, 9, 0),)).to_wire(), [torch.zeros(9, 64)])
         await trio.testing.wait_all_tasks_blocked()
         assert server.budget.tokens_free < 100_000
         stream.reset()

@@ -1,5 +1,6 @@
 """Whole chains over memory streams: exactness, rollback, failures, and what is freed after."""
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -254,6 +255,7 @@ class Garbler:
 
     def __init__(self, nursery, replies):
         self._nursery, self._replies = nursery, replies
+        self._stepped = trio.Event()
 
     async def open_stream(self, peer_id, protocol):
         ours, theirs = memory_frame_pair("client", peer_id)
@@ -261,12 +263,17 @@ class Garbler:
         return ours
 
     async def _answer(self, stream):
-        await stream.receive()
-        await stream.send({"type": "opened"})
-        await stream.receive()
-        for header, tensors in self._replies:
-            await stream.send(header, tensors)
-        await stream.aclose()
+        with suppress(PeerGone):
+            first = await stream.receive()
+            if first.header["type"] == "feed":
+                await stream.send({"type": "fed"})
+                while await stream.receive() is not None:
+                    self._stepped.set()
+            await stream.send({"type": "opened"})
+            await self._stepped.wait()
+            for header, tensors in self._replies:
+                await stream.send(header, tensors)
+            await stream.aclose()
 
 
 OUT = Step(1, (Segment(0, 0, 1, 1),), "out").to_wire()
@@ -342,6 +349,17 @@ async def test_a_client_that_talks_garbage_loses_its_stream_only(checkpoint, nam
             assert len(await greedy(session, prompt(3), 3)) == 3
 
 
+async def opened_and_fed(swarm):
+    """Control and feed stream of a session at peer a."""
+    control = await swarm.open_stream("a", HOP_PROTOCOL)
+    await control.send(opening(fingerprint=swarm.checkpoint.fingerprint))
+    assert (await control.receive()).header == {"type": "opened"}
+    feed = await swarm.open_stream("a", HOP_PROTOCOL)
+    await feed.send({"type": "feed", "session": b"s" * 16})
+    assert (await feed.receive()).header == {"type": "fed"}
+    return control, feed
+
+
 BAD_STEPS = {
     "row out of range": ([[5, 0, 1, 1]], torch.zeros(1, 64)),
     "row twice": ([[0, 0, 1, 1], [0, 1, 1, 1]], torch.zeros(2, 64)),
@@ -354,28 +372,26 @@ BAD_STEPS = {
 
 
 @pytest.mark.parametrize("name", BAD_STEPS)
-async def test_a_step_that_breaks_the_protocol_ends_the_session(checkpoint, name):
+async def test_a_step_that_breaks_the_protocol_ends_its_feed(checkpoint, name):
     segments, hidden = BAD_STEPS[name]
     async with open_memory_swarm(checkpoint, ONE) as swarm:
-        stream = await swarm.open_stream("a", HOP_PROTOCOL)
-        await stream.send(opening(fingerprint=swarm.checkpoint.fingerprint))
-        assert (await stream.receive()).header == {"type": "opened"}
-        await stream.send({"type": "step", "seq": 1, "segments": segments}, [hidden])
+        control, feed = await opened_and_fed(swarm)
+        await feed.send({"type": "step", "seq": 1, "segments": segments}, [hidden])
         with pytest.raises(PeerGone):
-            await stream.receive()
+            await feed.receive()
         assert isinstance(swarm.errors[0], PeerMisbehaved)
+        control.reset()
+        await trio.testing.wait_all_tasks_blocked()
         assert swarm.servers["a"].server.sessions == 0
 
 
 async def test_a_gap_is_reported_and_the_session_goes_on(checkpoint):
     async with open_memory_swarm(checkpoint, ONE) as swarm:
-        stream = await swarm.open_stream("a", HOP_PROTOCOL)
-        await stream.send(opening(fingerprint=swarm.checkpoint.fingerprint))
-        await stream.receive()
-        await stream.send(Step(1, (Segment(0, 9, 1, 1),)).to_wire(), [torch.zeros(1, 64)])
-        assert (await stream.receive()).header["code"] == "gap"
-        await stream.send(Step(2, (Segment(0, 0, 1, 1),)).to_wire(), [torch.zeros(1, 64)])
-        assert (await stream.receive()).header["type"] == "out"
+        control, feed = await opened_and_fed(swarm)
+        await feed.send(Step(1, (Segment(0, 9, 1, 1),)).to_wire(), [torch.zeros(1, 64)])
+        assert (await control.receive()).header["code"] == "gap"
+        await feed.send(Step(2, (Segment(0, 0, 1, 1),)).to_wire(), [torch.zeros(1, 64)])
+        assert (await control.receive()).header["type"] == "out"
 
 
 async def test_only_the_named_sender_may_feed(checkpoint):

@@ -1,6 +1,6 @@
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -9,22 +9,30 @@ from hypothesis import strategies as st
 
 from petalnode.routing.announcement import (
     MAX_CLOCK_SKEW_S,
+    OPTIONAL,
     Announcement,
     InvalidAnnouncement,
     check_clock,
+    refusal_kind,
+    rtt_key,
 )
 
 from .records import WALL, record
 
 
 def refused(**changes: Any) -> str:
+    return refusal(**changes).reason
+
+
+def refusal(**changes: Any) -> InvalidAnnouncement:
     with pytest.raises(InvalidAnnouncement) as caught:
         record(**changes)
-    return caught.value.reason
+    return caught.value
 
 
 def test_survives_the_trip_through_plain_values() -> None:
-    a = record(adapters=("org/lora",), rtts={"bob": 0.02})
+    a = record(adapters=("org/lora",), rtts={"bob": 0.02}, bandwidth=1e6, moving_to=(4, 6))
+    assert Announcement.from_dict(record().to_dict()) == record()
     assert Announcement.from_dict(a.to_dict()) == a
 
 
@@ -34,13 +42,86 @@ def test_unknown_fields_of_newer_versions_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(record().to_dict()))
-def test_every_field_must_be_there_and_of_its_type(name: str) -> None:
+def test_every_field_but_the_optional_ones_must_be_there(name: str) -> None:
     plain = record().to_dict()
+    assert name not in OPTIONAL
     with pytest.raises(InvalidAnnouncement):
         Announcement.from_dict({key: plain[key] for key in plain if key != name})
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(Announcement)])
+def test_every_field_must_be_of_its_type(name: str) -> None:
+    fine = {"moving_to": [None], "pinned": [True]}
     for wrong in (None, True, {"x": object()}, [None], -1, b"bytes", "\x1b[2J"):
+        if wrong in fine.get(name, []):
+            continue
         with pytest.raises(InvalidAnnouncement):
-            Announcement.from_dict(plain | {name: wrong})
+            Announcement.from_dict(record().to_dict() | {name: wrong})
+
+
+def test_what_is_usual_is_not_on_the_wire() -> None:
+    assert not set(OPTIONAL) & set(record().to_dict())
+    unusual = {
+        "adapters": ("a",),
+        "rtts": {"bob": 0.1},
+        "bandwidth": 1.0,
+        "moving_to": (1, 2),
+        "pinned": True,
+    }
+    assert set(OPTIONAL) == set(unusual)
+    for name, value in unusual.items():
+        a = record(**{name: value})
+        assert name in a.to_dict()
+        assert Announcement.from_dict(a.to_dict()) == a
+
+
+@pytest.mark.parametrize("span", [(3, 3), (-1, 2), (0, 1 << 20), (1, 2, 3), (1.0, 2), "ab"])
+def test_a_move_that_cannot_be_is_refused(span: object) -> None:
+    assert refused(moving_to=span) == "span"
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1e13])
+def test_a_bandwidth_that_cannot_be_is_refused(value: float) -> None:
+    assert refused(bandwidth=value) == "bandwidth"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"decode_tps": 0.0}, "zero"),
+        ({"forward_tps": math.nan}, "nan"),
+        ({"decode_tps": -1.0}, "out-of-range"),
+        ({"decode_tps": "fast"}, "malformed"),
+        ({"rtts": {"bob": 0}}, "zero"),
+        ({"rtts": {"bob": math.nan}}, "nan"),
+        ({"rtts": {"bob": 61.0}}, "out-of-range"),
+        ({"end": 1 << 20}, "out-of-range"),
+        ({"seq": 0}, "zero"),
+        ({"state": "asleep"}, "malformed"),
+    ],
+)
+def test_refusals_say_what_was_tried(changes: dict[str, Any], kind: str) -> None:
+    assert refusal(**changes).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("signature", "forged"),
+        ("stale", "replayed"),
+        ("expired", "replayed"),
+        ("size", "oversize"),
+        ("future", "far-future"),
+        ("rpc", "malformed"),
+    ],
+)
+def test_every_reason_is_of_a_kind(reason: str, kind: str) -> None:
+    assert refusal_kind(reason) == kind
+
+
+def test_round_trips_are_named_by_the_end_of_the_peer_id() -> None:
+    assert rtt_key("12D3KooWExampleOfAPeerId") == "leOfAPeerId"[-10:]
+    assert rtt_key("bob") == "bob"
 
 
 @pytest.mark.parametrize("field", ["decode_tps", "forward_tps"])
@@ -66,7 +147,7 @@ def test_lists_are_bounded() -> None:
     assert refused(adapters=("a",) * 9) == "adapters"
     assert refused(rtts={f"p{i}": 0.1 for i in range(17)}) == "rtts"
     assert refused(name="ä" * 33) == "name"
-    assert refused(ttl_s=601.0) == "ttl_s"
+    assert refused(ttl_s=86_401.0) == "ttl_s"
 
 
 def test_addresses_belong_to_the_peer() -> None:

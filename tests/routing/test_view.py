@@ -1,3 +1,4 @@
+import random
 from typing import Any
 
 from petalnode.routing.announcement import MAX_CLOCK_SKEW_S
@@ -91,6 +92,7 @@ def test_a_forgotten_peer_comes_back_by_a_newer_record_only() -> None:
 def test_spans_beyond_the_model_are_refused() -> None:
     view = SwarmView(num_blocks=4)
     assert put(view, end=5) == "span"
+    assert put(view, moving_to=(3, 5)) == "span"
     assert put(view, end=4) == "new"
 
 
@@ -99,9 +101,66 @@ def test_the_number_of_peers_is_bounded_and_the_dead_make_room() -> None:
     put(view, "alice")
     put(view, "bob", state="offline")
     assert put(view, "carol") == "new"
+    view.prove("alice")
+    view.prove("carol")
     assert put(view, "dave") == "full"
     assert put(view, "alice", seq=2) == "updated"
     assert names(view) == ["alice", "carol"]
+
+
+def test_those_who_are_forgotten_make_room() -> None:
+    view = SwarmView(max_peers=2)
+    for name in ("alice", "bob"):
+        view.prove(name)
+        put(view, name, ttl_s=30.0)
+    last = 30.0 + 2 * MAX_CLOCK_SKEW_S
+    assert put(view, "carol", now=last) == "new"
+    assert put(view, "dave", now=last) == "new"
+    assert names(view, last) == ["carol", "dave"]
+
+
+def test_a_flood_of_newcomers_pushes_out_newcomers() -> None:
+    view = SwarmView(max_peers=20, rng=random.Random(1))
+    view.prove("own")
+    for i in range(9):
+        put(view, f"old{i}")
+    put(view, "own")
+    put(view, "used")
+    view.prove("used")
+    for i in range(500):
+        assert put(view, f"fake{i}") == "new"
+    left = names(view)
+    assert len(left) == 20
+    assert {"own", "used", *(f"old{i}" for i in range(9))} <= set(left)
+    # Who comes now is seen for a while too, and may be proven meanwhile.
+    assert put(view, "honest") == "new"
+    view.prove("honest")
+    for i in range(500):
+        put(view, f"more{i}")
+    assert "honest" in names(view)
+
+
+def test_a_flood_of_goodbyes_leaves_the_living_alone() -> None:
+    view = SwarmView(max_peers=10, rng=random.Random(1))
+    for i in range(5):
+        put(view, f"old{i}")
+    for i in range(100):
+        put(view, f"fake{i}", state="offline")
+    assert names(view) == [f"old{i}" for i in range(5)]
+    assert put(view, "honest") == "new"
+
+
+def test_tenure_counts_from_when_a_peer_came_to_stay() -> None:
+    view = SwarmView()
+    assert view.since("alice", 0.0) is None
+    put(view, now=1.0)
+    put(view, now=5.0, seq=2)
+    assert view.since("alice", 6.0) == 1.0
+    assert view.since("alice", 99.0) is None
+    put(view, now=7.0, seq=3, state="offline")
+    assert view.since("alice", 7.0) is None
+    put(view, now=9.0, seq=4)
+    assert view.since("alice", 9.0) == 9.0
 
 
 def test_coverage_counts_those_who_are_online() -> None:

@@ -1,0 +1,77 @@
+"""When this node announces itself: in its turn, and at once when something changed that matters.
+
+Changes of state and span are published by whoever makes them (``publish``). The rest rides on the
+next beat, but for two things: an accusation of being dead is answered at once, and so is the moment
+when the attention cache is full, or free again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import trio
+
+from petalnode.p2p.gossip import Gossip
+from petalnode.routing.announcement import Announcement
+from petalnode.routing.beats import next_beat, record_ttl
+
+CHECK_S = 1.0
+"""How often a node looks whether its cache is full."""
+MIN_GAP_S = 1.0
+"""Between two announcements of a node whose state does not change, whatever happens."""
+FULL_TOKENS = 128
+"""With less room than this a peer is of no use to a new session."""
+FREE_TOKENS = 512
+
+
+class Announcer:
+    """Publishes this node's records. ``said`` is the last one, None before the first."""
+
+    def __init__(self, gossip: Gossip, rng: Random) -> None:
+        self.said: Announcement | None = None
+        self._gossip = gossip
+        self._rng = rng
+        self._urgent = trio.Event()
+        gossip.on_accused = self.hurry
+
+    @property
+    def ttl_s(self) -> float:
+        """How long a record published now should live."""
+        return record_ttl(self._swarm_size())
+
+    def hurry(self) -> None:
+        """Announce us as soon as ``MIN_GAP_S`` allows. Does not block."""
+        self._urgent.set()
+
+    async def publish(self, announcement: Announcement) -> None:
+        """Tell the swarm at once. Raises InvalidAnnouncement if it does not follow the last one."""
+        await self._gossip.publish(announcement)
+        self.said = announcement
+
+    async def beat(self, announce: Callable[[], Announcement]) -> None:
+        """Publish what ``announce`` says, again and again. Runs for ever."""
+        while True:
+            await self.publish(announce())
+            spoke_at = trio.current_time()
+            await self._wait_turn(spoke_at + next_beat(self._swarm_size(), self._rng), announce)
+            await trio.sleep_until(spoke_at + MIN_GAP_S)
+
+    async def _wait_turn(self, due: float, announce: Callable[[], Announcement]) -> None:
+        while trio.current_time() < due:
+            with trio.move_on_at(min(due, trio.current_time() + CHECK_S)):
+                await self._urgent.wait()
+                self._urgent = trio.Event()
+                return
+            if self.said is not None and fullness_changed(self.said, announce()):
+                return
+
+    def _swarm_size(self) -> int:
+        return len(self._gossip.view.live(trio.current_time()))
+
+
+def fullness_changed(said: Announcement, now: Announcement) -> bool:
+    """Whether a peer became too full for another session, or has room again."""
+    if said.kv_tokens_free < FULL_TOKENS:
+        return now.kv_tokens_free >= FREE_TOKENS
+    return now.kv_tokens_free < FULL_TOKENS

@@ -1,0 +1,87 @@
+"""Which blocks this node holds: chosen when it joins, and chosen anew when the swarm needs it.
+
+The rules are ``routing.placement`` and ``routing.rebalance``; here is what they need of the world:
+a moment to hear of others that join at the same time, and sessions that must not be dropped.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import trio
+
+from petalnode.holding import Holding
+from petalnode.routing.announcement import Announcement
+from petalnode.routing.placement import choose_window
+from petalnode.routing.rebalance import Move, Rebalancer, plan_moves
+from petalnode.swarm import Swarm
+
+SETTLE_S = 0.4
+"""How long a newcomer listens at least for others that chose at the same moment; twice at most."""
+MAX_LOOKS = 5
+CHECK_S = 1.0
+"""Between two looks at whether this node should move."""
+DECLINE_S = 60.0
+"""For how long a node with sessions leaves a move to others that can make it."""
+GIVEN_UP_S = 120.0
+"""How long a node stays after sessions kept it from moving."""
+
+
+async def choose_span(holding: Holding, swarm: Swarm, size: int, rng: Random) -> None:
+    """Announce the window where ``size`` blocks help most, unless others announced it meanwhile.
+
+    Of nodes that choose without knowing of each other, the one with the smallest id keeps to its
+    choice and the others choose around it.
+    """
+    num_blocks, own_id = swarm.num_blocks, holding.terms.peer_id
+    before = swarm.others()
+    await holding.intend(choose_window(before, num_blocks, size))
+    known = {a.peer_id for a in before}
+    for _ in range(MAX_LOOKS):
+        await trio.sleep(SETTLE_S * rng.uniform(1.0, 2.0))
+        first = [a for a in swarm.others() if a.peer_id in known or _has_precedence(a, own_id)]
+        chosen = choose_window(first, num_blocks, size, current=holding.blocks)
+        if chosen == holding.blocks:
+            return
+        await holding.intend(chosen)
+
+
+def _has_precedence(a: Announcement, own_id: str) -> bool:
+    return a.state != "joining" or a.peer_id < own_id
+
+
+class Balancer:
+    """Moves this node's span when the swarm needs it elsewhere. ``run`` runs for ever."""
+
+    def __init__(self, holding: Holding, swarm: Swarm, rng: Random) -> None:
+        self._holding = holding
+        self._swarm = swarm
+        self._own_id = holding.terms.peer_id
+        self._rebalancer = Rebalancer(self._own_id, swarm.num_blocks, rng)
+        self._declines_until = 0.0
+        self._stays_until = 0.0
+
+    async def run(self) -> None:
+        """Look, now and then, and move when it is this node's turn."""
+        while True:
+            await trio.sleep(CHECK_S)
+            now = trio.current_time()
+            self._holding.declines = now < max(self._declines_until, self._stays_until)
+            move = self._rebalancer.check(self._swarm.live(), now)
+            if move is None or self._holding.declines:
+                continue
+            if self._holding.sessions and self._others_can(move):
+                self._declines_until = now + DECLINE_S
+                await self._decline()
+            elif not await self._holding.move((move.start, move.end)):
+                self._stays_until = trio.current_time() + GIVEN_UP_S
+                await self._decline()
+
+    async def _decline(self) -> None:
+        """Announced as pinned, so that the others' plans pass over this node."""
+        self._holding.declines = True
+        await self._swarm.publish(self._holding.announcement())
+
+    def _others_can(self, move: Move) -> bool:
+        plan = plan_moves(self._swarm.live(), self._swarm.num_blocks, passed={self._own_id})
+        return any(other.urgent >= move.urgent for other in plan)

@@ -1,0 +1,51 @@
+"""Finding lost peers again. After a partition that outlasts a record's life neither side has the
+other in its view, so nobody would ever dial: the swarm would stay split for good.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import trio
+
+from petalnode.errors import PeerError, SwarmMismatch
+from petalnode.p2p.gossip import Gossip
+from petalnode.p2p.hello import ask
+from petalnode.p2p.host import Host
+
+REUNION_S = 5.0
+"""Between two attempts, each at one of the lost."""
+MAX_FRIENDS = 16
+"""Peers that we were connected to lately; their addresses outlive their records here."""
+
+
+class InSwarm(Protocol):
+    """What this needs of ``petalnode.swarm.Swarm``."""
+
+    network: str
+    gossip: Gossip
+
+
+async def seek_friends(host: Host, swarm: InSwarm) -> None:
+    """Say hello to those whom we lost, in turn, and take in whom they know. Runs for ever."""
+    friends: dict[str, tuple[str, ...]] = {}
+    while True:
+        connected = set(host.connected_peers())
+        live = {a.peer_id: a.addrs for a in swarm.gossip.view.live(trio.current_time())}
+        friends |= {peer_id: addrs for peer_id, addrs in live.items() if peer_id in connected}
+        while len(friends) > MAX_FRIENDS:
+            del friends[next(iter(friends))]
+        lost = [peer_id for peer_id in friends if peer_id not in live and peer_id not in connected]
+        if lost:
+            friends[lost[0]] = friends.pop(lost[0])  # the next time it is the next one's turn
+            await _seek(host, swarm, lost[0], friends[lost[0]])
+        await trio.sleep(REUNION_S)
+
+
+async def _seek(host: Host, swarm: InSwarm, peer_id: str, addrs: tuple[str, ...]) -> None:
+    host.learn(peer_id, addrs)
+    try:
+        hello = await ask(host, peer_id, network=swarm.network)
+    except (PeerError, SwarmMismatch):
+        return  # still away, or it belongs elsewhere now
+    swarm.gossip.absorb(hello.records)

@@ -1,0 +1,258 @@
+"""Which peers should move, and when this one does.
+
+Every node computes the same short list of moves from its view, and only those on it move: no herd.
+A move is worth its price if it lessens what is missing for every block to carry what the swarm
+could at best (``routing.capacity``), per block to load; blocks that stay stay loaded. A swarm that
+carries ``BALANCED`` of its optimum is left alone, but for blocks of which there is only one copy.
+
+A node that finds itself on the list waits, longer than news take to spread, and looks again before
+it goes (``Rebalancer``). Its intent is then announced, so that the others count it where it will
+be; it drains before it loads, so no session is dropped, and only peers whose blocks others serve
+are asked, so there are others to take its sessions. A peer that is on the list and does not move is
+passed over after a while.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from random import Random
+from typing import NamedTuple, Protocol
+
+from petalnode.routing.capacity import Board, Record, Seat, Trials, bound, seats
+from petalnode.routing.placement import WORTH_MOVING
+
+BALANCED = 0.985
+"""Share of its optimum at which a swarm is left alone."""
+MAX_MOVING_SHARE = 0.01
+"""Share of the peers that may be on the move at once; one always may."""
+MAX_MOVES = 16
+MAX_JOINING_SHARE = 0.2
+"""While more newcomers load, nobody moves: newcomers go where most is missing."""
+PRICE_BLOCKS = 2
+"""What a move costs beside loading, in blocks: draining, and announcing twice."""
+MAX_DONORS = 18
+"""Peers for which every window is tried."""
+CONFIRM_S = 3.0
+"""How long a node must stay on the list before it goes: longer than gossip takes to spread."""
+CONFIRM_HOLE_S = 1.0
+PATIENCE_S = 30.0
+"""How long the others wait for a peer on the list to announce its move."""
+PASSED_OVER_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """``peer_id`` should drain, then hold ``[start, end)``. ``loads``: blocks it lacks there.
+
+    ``urgent``: blocks that nobody holds are among them.
+    """
+
+    peer_id: str
+    start: int
+    end: int
+    loads: int
+    urgent: bool = False
+
+
+class Plan(Protocol):
+    """What ``plan_moves`` is."""
+
+    def __call__(
+        self, records: Iterable[Record], num_blocks: int, *, passed: Collection[str] = ()
+    ) -> tuple[Move, ...]: ...
+
+
+def plan_moves(
+    records: Iterable[Record], num_blocks: int, *, passed: Collection[str] = ()
+) -> tuple[Move, ...]:
+    """The moves that should begin now, best first; all nodes with the same view agree on them.
+
+    Peers in ``passed`` are not asked to move. Pinned peers never are.
+    """
+    taken = {seat.peer_id: seat for seat in seats(records, num_blocks)}
+    counts = Counter(seat.status for seat in taken.values())
+    allowed = min(MAX_MOVES, max(1, int(len(taken) * MAX_MOVING_SHARE))) - counts["moving"]
+    if counts["joining"] > 1 + len(taken) * MAX_JOINING_SHARE:
+        return ()
+    moves: list[Move] = []
+    while len(moves) < allowed:
+        move = _best_move(list(taken.values()), num_blocks, passed)
+        if move is None:
+            break
+        moves.append(move)
+        seat = taken[move.peer_id]
+        taken[move.peer_id] = replace(seat, start=move.start, end=move.end, status="moving")
+    return tuple(moves)
+
+
+class Rebalancer:
+    """When this node moves. ``check`` it every few seconds and whenever the view changed.
+
+    Time is any monotonic clock, in seconds. ``plan`` is there for simulators that share one plan
+    among nodes with one view.
+    """
+
+    def __init__(self, peer_id: str, num_blocks: int, rng: Random, plan: Plan = plan_moves) -> None:
+        self._peer_id = peer_id
+        self._num_blocks = num_blocks
+        self._rng = rng
+        self._plan = plan
+        self._listed: dict[str, float] = {}  # since when each peer has been on the list
+        self._passed: dict[str, float] = {}  # until when
+        self._wait_s = 0.0
+
+    def check(self, records: Iterable[Record], now: float) -> Move | None:
+        """The move to make now, if any. ``records`` are everybody's, this node's among them."""
+        self._passed = {peer: until for peer, until in self._passed.items() if until > now}
+        moves = self._plan(records, self._num_blocks, passed=frozenset(self._passed))
+        self._listed = {move.peer_id: self._listed.get(move.peer_id, now) for move in moves}
+        for peer, since in self._listed.items():
+            if peer != self._peer_id and now - since >= PATIENCE_S:
+                self._passed[peer] = now + PASSED_OVER_S
+        mine = next((move for move in moves if move.peer_id == self._peer_id), None)
+        if mine is None:
+            return None
+        since = self._listed[self._peer_id]
+        if since == now:
+            base = CONFIRM_HOLE_S if mine.urgent else CONFIRM_S
+            self._wait_s = base * self._rng.uniform(1.0, 2.0)
+        return mine if now - since >= self._wait_s else None
+
+    def gave_up(self, now: float) -> None:
+        """The node could not drain: it lets others go first."""
+        self._passed[self._peer_id] = now + PASSED_OVER_S
+
+
+class _Merit(NamedTuple):
+    """How good a move is; compared in this order. Both per block that it costs."""
+
+    filled: float  # blocks that nobody held
+    gained: float  # block-tokens/s, or copies once the swarm is balanced
+
+
+class _Goal:
+    """What a swarm could carry, and what it lacks for that."""
+
+    def __init__(self, taken: Sequence[Seat], num_blocks: int) -> None:
+        best = bound(((seat.size, seat.rate) for seat in taken), num_blocks)
+        self.board = Board(taken, num_blocks)
+        self.fits = best > 0
+        self.tps = best or sum(seat.rate for seat in taken) / num_blocks
+        self.missing = self.board.shortfall(self.tps)
+        self.holes = self.board.replicas.count(0)
+        self.singles = self.board.replicas.count(1)
+        serving = Board([s for s in taken if s.status in ("still", "pinned")], num_blocks)
+        self._serving = serving.replicas
+        self.balanced = self.fits and self.board.shortfall(BALANCED * self.tps) == 0
+
+    def slack(self, seat: Seat) -> float:
+        """Share of the peer's compute that the swarm would not miss."""
+        with _lifted(self.board, seat):
+            lost = self.board.shortfall(self.tps) - self.missing
+        return 1 - lost / seat.rate
+
+    def can_spare(self, seat: Seat) -> bool:
+        """Whether others serve all of the peer's blocks now: it drains before it loads."""
+        return min(self._serving[seat.start : seat.end]) > 1
+
+    def moves(self, seat: Seat) -> list[tuple[_Merit, Move]]:
+        """The moves of a peer that can be spared, as far as they are worth their price."""
+        with _lifted(self.board, seat):
+            places = _Places(self, seat)
+            if not places.promising():
+                return []
+            starts = range(self.board.num_blocks - seat.size + 1)
+            return [found for start in starts if (found := places.look(start)) is not None]
+
+
+class _Places:
+    """Where a peer that has been lifted off the board could go."""
+
+    def __init__(self, goal: _Goal, seat: Seat) -> None:
+        self._goal = goal
+        self._seat = seat
+        copies = goal.board.replicas
+        self._empty = _counter(count == 0 for count in copies)
+        self._single = _counter(count == 1 for count in copies)
+        self._trials = Trials(goal.board, goal.tps * BALANCED if goal.balanced else goal.tps)
+
+    def promising(self) -> bool:
+        """Whether any place could win enough, were all of the peer's compute of use there."""
+        goal, rate = self._goal, self._seat.rate
+        if goal.holes or goal.balanced:
+            return True
+        return goal.missing - (self._trials.missing - rate) > WORTH_MOVING * rate
+
+    def look(self, start: int) -> tuple[_Merit, Move] | None:
+        """The move to ``start``, if it is worth its price."""
+        seat, end = self._seat, start + self._seat.size
+        first = max(start, seat.start)
+        last = max(first, min(end, seat.end))  # what it keeps is [first, last)
+        loads = seat.size - (last - first)
+        if loads == 0:
+            return None
+        filled = self._empty[end] - self._empty[start]
+        gained = self._copies(start, end) if self._goal.balanced else self._compute(start, end)
+        if not filled and gained <= 0:
+            return None
+        price = loads + PRICE_BLOCKS
+        return _Merit(filled / price, gained / price), Move(
+            seat.peer_id, start, end, loads, filled > 0
+        )
+
+    def _compute(self, start: int, end: int) -> float:
+        """Block-tokens/s that the swarm wins; 0 if too little for a move."""
+        rate = self._seat.rate
+        gained = self._goal.missing - self._trials.with_peer(start, end, rate)
+        enough = self._goal.fits and gained > WORTH_MOVING * rate
+        return gained if enough else 0.0
+
+    def _copies(self, start: int, end: int) -> float:
+        """How many blocks fewer have no second copy, if the swarm stays balanced."""
+        left = self._single[-1] - (self._single[end] - self._single[start])
+        gained = self._goal.singles - left
+        if gained <= 0 or self._trials.with_peer(start, end, self._seat.rate) > 0:
+            return 0.0
+        return float(gained)
+
+
+@contextmanager
+def _lifted(board: Board, seat: Seat) -> Iterator[None]:
+    """The board without the peer."""
+    board.put(seat.start, seat.end, -seat.rate)
+    yield
+    board.put(seat.start, seat.end, seat.rate)
+
+
+def _best_move(taken: Sequence[Seat], num_blocks: int, passed: Collection[str]) -> Move | None:
+    goal = _Goal(taken, num_blocks)
+    if goal.balanced and not goal.singles:
+        return None
+    able = [
+        seat
+        for seat in taken
+        if seat.status == "still" and seat.peer_id not in passed and goal.can_spare(seat)
+    ]
+    found = [item for seat in _donors(goal, able) for item in goal.moves(seat)]
+    best = max(found, key=lambda item: item[0], default=None)  # the first of equals
+    return best[1] if best else None
+
+
+def _donors(goal: _Goal, able: Sequence[Seat]) -> list[Seat]:
+    """Those whom the swarm would miss least: of each window slowest, middle and fastest."""
+    windows: dict[tuple[int, int], list[Seat]] = {}
+    for seat in sorted(able, key=lambda seat: (seat.rate, seat.peer_id)):
+        windows.setdefault((seat.start, seat.end), []).append(seat)
+    slack = {window: goal.slack(peers[len(peers) // 2]) for window, peers in windows.items()}
+    return [
+        windows[window][index]
+        for window in sorted(windows, key=lambda window: (-slack[window], window))
+        for index in sorted({0, len(windows[window]) // 2, len(windows[window]) - 1})
+    ][:MAX_DONORS]
+
+
+def _counter(flags: Iterable[bool]) -> list[int]:
+    """How many are true before each position."""
+    return [0, *accumulate(flags)]

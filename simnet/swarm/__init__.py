@@ -1,0 +1,1 @@
+"""The swarm simulator: thousands of nodes that run the real ``routing`` code on modelled links."""

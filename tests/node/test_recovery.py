@@ -1,0 +1,323 @@
+"""Chains that lose hops: the tokens are those of an undisturbed run, whatever dies on the way."""
+
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from petalnode.errors import NoRoute, PeerRefused
+from petalnode.routing.chain import Hop
+from petalnode.session.session import GenerateOptions
+
+from .memory_swarm import open_memory_swarm
+from .test_chain import prompt, reference_tokens
+
+SPANS = [("a", 0, 1), ("b", 1, 2), ("c", 2, 3), ("d", 3, 4)]
+CHAIN = ("a", "b", "c", "d")
+SPARES = [(f"{peer}2", start, end) for peer, start, end in SPANS]
+NEW = 24
+
+
+class Finder:
+    """Replacements among the servers of a memory swarm, the widest first."""
+
+    def __init__(self, swarm, avoid=()):
+        self.swarm, self.never = swarm, set(avoid)
+        self.events, self.blamed = [], []
+        self.came, self.slow, self.patience_s = trio.Event(), None, 5
+
+    async def find(self, gap, avoid):
+        start, end = gap.first, gap.last
+        while True:
+            hops, block = [], start
+            while block < end:
+                best = [
+                    (min(s.engine.span.end, end), peer)
+                    for peer, s in self.swarm.servers.items()
+                    if s.engine.span.start <= block < s.engine.span.end
+                    and peer not in avoid
+                    and peer not in self.never
+                ]
+                if not best:
+                    break
+                stop, peer = max(best)
+                hops.append(Hop(peer, block, stop))
+                block = stop
+            else:
+                return hops
+            with trio.move_on_after(self.patience_s) as scope:
+                await self.came.wait()
+            if scope.cancelled_caught:
+                raise NoRoute("Nobody serves these blocks.", "", tuple(range(start, end)))
+
+    def observe(self, hop, took_s):
+        assert 0 < took_s < 60
+
+    def addrs(self, peer_id):
+        return ()
+
+    def is_slow(self, hop, took_s):
+        return hop.peer_id == self.slow
+
+    def blame(self, error):
+        self.blamed.append(error)
+
+    def report(self, event, hops):
+        self.events.append((event, [hop.peer_id for hop in hops]))
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint):
+    return tiny_checkpoint(eos_token_id=None)
+
+
+async def generate(checkpoint, spans, hops, disturb: Callable, *, length=20, at=None, avoid=()):
+    """Tokens of a session over ``hops``; ``disturb(swarm, position)`` is called at each token."""
+    async with open_memory_swarm(checkpoint, spans) as swarm:
+        finder = Finder(swarm, avoid)
+        async with swarm.session(*hops, replacements=finder) as session:
+            session.tokenizer.eos_ids = frozenset()
+            tokens = []
+            async for token in session.generate(prompt(length), GenerateOptions(NEW)):
+                tokens.append(token.id)
+                disturb(swarm, len(tokens), session)
+        await trio.testing.wait_all_tasks_blocked()
+        for server in swarm.servers.values():
+            assert server.budget.tokens_free == 100_000
+            assert server.server.sessions == 0
+    assert tokens == reference_tokens(checkpoint, prompt(length), NEW)
+    return finder
+
+
+def kill(*peers, at=5):
+    def disturb(swarm, count, session):
+        if count == at:
+            for peer in peers:
+                swarm.kill(peer)
+
+    return disturb
+
+
+@pytest.mark.parametrize("peers", ["a", "b", "d", "bc", "ac", "cd", "abcd"])
+async def test_hops_die_between_tokens(checkpoint, peers):
+    finder = await generate(checkpoint, [*SPANS, *SPARES], SPANS, kill(*peers))
+    assert {peer for event, _ in finder.events for peer in event.lost} == set(peers)
+    hops = finder.events[-1][1]
+    assert {error.peer_id for error in finder.blamed} == set(peers)
+    assert hops == [f"{peer}2" if peer in peers else peer for peer in CHAIN]
+
+
+async def test_only_the_sender_of_the_dead_hop_replays(checkpoint):
+    """The hops behind the dead one recompute nothing; those before it neither."""
+    passed = {}
+
+    def disturb(swarm, count, session):
+        if count == 5:
+            swarm.kill("c")
+        passed[count] = {
+            peer: server.engine.tokens for peer, server in swarm.servers.items() if peer in "abd"
+        }
+
+    await generate(checkpoint, [*SPANS, *SPARES], SPANS, disturb)
+    for peer in "abd":
+        assert passed[7][peer] - passed[5][peer] <= 3
+
+
+async def test_one_replacement_for_two_and_two_for_one(checkpoint):
+    wide = [*SPANS, ("bc", 1, 3)]
+    finder = await generate(checkpoint, wide, SPANS, kill("b", "c"))
+    assert list(dict.fromkeys(finder.events[-1][1])) == ["a", "bc", "d"]
+    narrow = [("x", 0, 2), ("y", 2, 4), *SPANS]
+    finder = await generate(checkpoint, narrow, [("x", 0, 2), ("y", 2, 4)], kill("y"))
+    assert finder.events[0][1] == ["x", "c", "d"]
+
+
+async def test_a_replacement_dies_too(checkpoint):
+    spans = [*SPANS, *SPARES, ("b3", 1, 2), ("b4", 1, 2)]
+
+    def disturb(swarm, count, session):
+        if count in (5, 8, 11):
+            swarm.kill(session.chain.hops[1].peer_id)
+
+    finder = await generate(checkpoint, spans, SPANS, disturb)
+    assert len(finder.events) == 3
+
+
+async def test_death_during_prefill(checkpoint):
+    """Of a prompt of four chunks; the reader of the dead hop has passed some of them on."""
+    async with open_memory_swarm(checkpoint, [*SPANS, *SPARES]) as swarm:
+        finder = Finder(swarm)
+        async with swarm.session(*SPANS, replacements=finder) as session:
+            session.tokenizer.eos_ids = frozenset()
+            engine = swarm.servers["c"].engine
+            run = engine.run
+
+            async def dies_in_the_second_chunk(start, end, rows, hidden):
+                if rows[0].position:
+                    swarm.kill("c")
+                    await trio.sleep_forever()
+                return await run(start, end, rows, hidden)
+
+            engine.run = dies_in_the_second_chunk
+            generation = session.generate(prompt(900), GenerateOptions(NEW))
+            tokens = [token.id async for token in generation]
+    assert tokens == reference_tokens(checkpoint, prompt(900), NEW)
+    assert finder.events[0][0].lost == ["c"]
+
+
+async def test_death_during_a_replay(checkpoint):
+    """The sender dies while it brings a replacement up to date."""
+
+    def disturb(swarm, count, session):
+        if count == 5:
+            swarm.kill("c")
+            engine = swarm.servers["c2"].engine
+            run = engine.run
+
+            async def kill_the_sender(start, end, rows, hidden):
+                swarm.kill("b")
+                return await run(start, end, rows, hidden)
+
+            engine.run = kill_the_sender
+
+    finder = await generate(checkpoint, [*SPANS, *SPARES], SPANS, disturb, length=300)
+    assert {error.peer_id for error in finder.blamed} >= {"b", "c"}
+
+
+async def test_no_replacement_now(checkpoint):
+    """It waits, and goes on when one joins."""
+    async with open_memory_swarm(checkpoint, SPANS) as swarm, trio.open_nursery() as nursery:
+        finder = Finder(swarm)
+
+        async def join_later():
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            swarm.add("late", 1, 2)
+            finder.came.set()
+
+        async with swarm.session(*SPANS, replacements=finder) as session:
+            session.tokenizer.eos_ids = frozenset()
+            tokens = []
+            async for token in session.generate(prompt(20), GenerateOptions(NEW)):
+                tokens.append(token.id)
+                if len(tokens) == 5:
+                    swarm.kill("b")
+                    nursery.start_soon(join_later)
+    assert tokens == reference_tokens(checkpoint, prompt(20), NEW)
+    assert "late" in finder.events[0][1]
+
+
+async def test_nobody_ever_comes(checkpoint):
+    async with (
+        open_memory_swarm(checkpoint, SPANS) as swarm,
+        swarm.session(*SPANS, replacements=Finder(swarm)) as session,
+    ):
+        session.chain.setup.replacements.patience_s = 0.01
+        generation = session.generate(prompt(20), GenerateOptions(NEW))
+        for _ in range(5):
+            await anext(generation)
+        swarm.kill("b")
+        with pytest.raises(NoRoute):
+            await anext(generation)
+
+
+async def test_hops_that_do_not_reach_each_other_are_relayed(checkpoint):
+    def disturb(swarm, count, session):
+        if count == 5:
+            swarm.part("b", "c")
+
+    finder = await generate(checkpoint, SPANS, SPANS, disturb)
+    assert finder.events[0][1] == list(CHAIN)
+
+
+async def test_a_relayed_hop_dies(checkpoint):
+    """And its sender after it, which is linked directly again."""
+
+    def disturb(swarm, count, session):
+        if count == 5:
+            swarm.part("b", "c")
+        if count == 10:
+            swarm.kill("c")
+        if count == 15:
+            swarm.kill("b")
+
+    finder = await generate(checkpoint, [*SPANS, *SPARES], SPANS, disturb)
+    assert finder.events[-1][1] == ["a", "b2", "c2", "d"]
+
+
+async def test_a_short_log_is_made_up_for_further_up(checkpoint):
+    def short(swarm, count, session):
+        if count == 1:
+            for peer in ("a", "b"):
+                (hop,) = swarm.servers[peer].server._sessions.values()
+                hop._log._budget._capacity = hop._log._held
+                hop._log._lengths[0] = 7 if peer == "b" else 3
+                hop._log._buffers[0] = hop._log._buffers[0][:8]
+        if count == 5:
+            swarm.kill("c")
+
+    await generate(checkpoint, [*SPANS, *SPARES], SPANS, short)
+
+
+async def test_a_hop_that_is_full_is_left(checkpoint):
+    async with open_memory_swarm(checkpoint, [("a", 0, 2)]) as swarm:
+        swarm.add("small", 2, 4, kv_tokens=64)
+        swarm.add("large", 2, 4)
+        finder = Finder(swarm)
+        chain = [("a", 0, 2), ("small", 2, 4)]
+        async with swarm.session(*chain, replacements=finder) as session:
+            session.tokenizer.eos_ids = frozenset()
+            generation = session.generate(prompt(60), GenerateOptions(NEW))
+            tokens = [token.id async for token in generation]
+            await trio.testing.wait_all_tasks_blocked()
+            assert swarm.servers["small"].budget.tokens_free == 64
+    assert tokens == reference_tokens(checkpoint, prompt(60), NEW)
+    assert isinstance(finder.blamed[0], PeerRefused)
+
+
+async def test_death_around_a_rollback(checkpoint):
+    expected = reference_tokens(checkpoint, [*prompt(20)[:12], 5, 6], 10)
+    async with (
+        open_memory_swarm(checkpoint, [*SPANS, *SPARES]) as swarm,
+        swarm.session(*SPANS, replacements=Finder(swarm)) as session,
+    ):
+        session.tokenizer.eos_ids = frozenset()
+        async for _ in session.generate(prompt(20), GenerateOptions(10)):
+            pass
+        session.rollback(12)
+        swarm.kill("c")
+        again = session.generate([5, 6], GenerateOptions(10))
+        assert [token.id async for token in again] == expected
+
+
+async def test_a_draining_hop_is_left_while_it_serves(checkpoint):
+    for peer in "abd":
+        async with open_memory_swarm(checkpoint, [*SPANS, *SPARES]) as swarm:
+            finder = Finder(swarm)
+            async with swarm.session(*SPANS, replacements=finder) as session:
+                session.tokenizer.eos_ids = frozenset()
+                tokens = []
+                async for token in session.generate(prompt(300), GenerateOptions(NEW)):
+                    tokens.append(token.id)
+                    if len(tokens) == 3:
+                        await swarm.servers[peer].server.drain()
+                        await trio.testing.wait_all_tasks_blocked(0.02)
+                with trio.fail_after(2):
+                    await swarm.servers[peer].server.wait_idle()
+                assert f"{peer}2" in [hop.peer_id for hop in session.chain.hops]
+        assert tokens == reference_tokens(checkpoint, prompt(300), NEW)
+        assert finder.blamed == []
+
+
+async def test_a_slow_hop_is_left(checkpoint):
+    async with open_memory_swarm(checkpoint, [*SPANS, *SPARES]) as swarm:
+        finder = Finder(swarm)
+        finder.slow = "c"
+        async with swarm.session(*SPANS, replacements=finder) as session:
+            session.tokenizer.eos_ids = frozenset()
+            tokens = []
+            async for token in session.generate(prompt(30), GenerateOptions(NEW)):
+                tokens.append(token.id)
+                session.chain._mender._look_at = 0
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            assert [hop.peer_id for hop in session.chain.hops] == ["a", "b", "c2", "d"]
+    assert tokens == reference_tokens(checkpoint, prompt(30), NEW)

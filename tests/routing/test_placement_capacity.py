@@ -1,0 +1,112 @@
+"""What placements carry, against the linear programs that define it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petalnode.routing.capacity import Board, Seat, Trials, bound, seats, swarm_throughput
+
+from .records import record
+
+BLOCKS = 6
+windows = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS), st.integers(1, 20))
+swarms = st.lists(windows, min_size=1, max_size=8)
+
+
+def seated(swarm: list[tuple[int, int, int]]) -> list[Seat]:
+    return [
+        Seat(f"p{i}", start, min(start + size, BLOCKS), float(rate))
+        for i, (start, size, rate) in enumerate(swarm)
+    ]
+
+
+def cut_capacity(taken: list[Seat]) -> float:
+    """Hall's condition by brute force: no set of blocks gets more than its peers have."""
+    return min(
+        sum(s.rate for s in taken if any(chosen >> b & 1 for b in range(s.start, s.end)))
+        / chosen.bit_count()
+        for chosen in range(1, 1 << BLOCKS)
+    )
+
+
+@given(swarms)
+def test_throughput_is_the_least_cut(swarm: list[tuple[int, int, int]]) -> None:
+    taken = seated(swarm)
+    assert swarm_throughput(taken, BLOCKS) == pytest.approx(cut_capacity(taken), rel=1e-5)
+
+
+@given(swarms, windows)
+def test_a_trial_says_what_putting_the_peer_there_gives(
+    swarm: list[tuple[int, int, int]], extra: tuple[int, int, int]
+) -> None:
+    taken = seated(swarm)
+    [peer] = seated([extra])
+    trial = Trials(Board(taken, BLOCKS), 5.0).with_peer(peer.start, peer.end, peer.rate)
+    assert trial == pytest.approx(Board([*taken, peer], BLOCKS).shortfall(5.0), abs=1e-5)
+
+
+@given(swarms, st.integers(0, 7))
+def test_taking_a_peer_off_the_board_undoes_putting_it_there(
+    swarm: list[tuple[int, int, int]], which: int
+) -> None:
+    taken = seated(swarm)
+    gone = taken[which % len(taken)]
+    board = Board(taken, BLOCKS)
+    board.put(gone.start, gone.end, -gone.rate)
+    rest = Board([seat for seat in taken if seat is not gone], BLOCKS)
+    assert board.replicas == rest.replicas
+    assert board.shortfall(5.0) == pytest.approx(rest.shortfall(5.0), abs=1e-4)
+
+
+@given(swarms)
+def test_no_placement_exceeds_the_bound(swarm: list[tuple[int, int, int]]) -> None:
+    taken = seated(swarm)
+    best = bound([(seat.size, seat.rate) for seat in taken], BLOCKS)
+    assert cut_capacity(taken) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([(6, 12.0)], 2.0),
+        ([(3, 12.0), (3, 12.0)], 4.0),
+        # The fast one fits one block: it can give that block no more than the others give theirs.
+        ([(1, 1000.0), (5, 10.0)], 2.0),
+        ([(2, 100.0), (3, 100.0)], 0.0),  # six blocks do not fit
+    ],
+)
+def test_the_bound_by_hand(nodes: list[tuple[int, float]], expected: float) -> None:
+    assert bound(nodes, BLOCKS) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 50)), min_size=1, max_size=9))
+def test_the_bound_is_that_of_a_real_solver(nodes: list[tuple[int, int]]) -> None:
+    optimum = pytest.importorskip("benchmarks.optimum", reason="scipy is not installed")
+    solved = optimum.solved_bound(nodes, BLOCKS)
+    assert bound(nodes, BLOCKS) == pytest.approx(solved, rel=1e-6)
+
+
+@given(swarms)
+def test_throughput_is_that_of_a_real_solver(swarm: list[tuple[int, int, int]]) -> None:
+    optimum = pytest.importorskip("benchmarks.optimum", reason="scipy is not installed")
+    taken = seated(swarm)
+    solved = optimum.solved_throughput(taken, BLOCKS)
+    assert swarm_throughput(taken, BLOCKS) == pytest.approx(solved, rel=1e-5, abs=1e-5)
+
+
+def test_who_counts_and_where() -> None:
+    records = [
+        record("a", 0, 2, decode_tps=5.0),
+        record("b", 0, 2, state="joining"),
+        record("c", 0, 2, state="draining"),
+        record("d", 0, 2, state="draining", moving_to=(3, 5)),
+        record("e", 4, 9, pinned=True),
+        record("f", 0, 2, state="offline"),
+    ]
+    assert [(s.peer_id, s.start, s.end, s.status) for s in seats(records, BLOCKS)] == [
+        ("a", 0, 2, "still"),
+        ("b", 0, 2, "joining"),
+        ("d", 3, 5, "moving"),
+        ("e", 4, 6, "pinned"),
+    ]
+    assert seats(records, BLOCKS)[0].rate == 10.0
