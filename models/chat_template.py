@@ -12,7 +12,7 @@ from typing import Any
 from petalnode.errors import ModelError, UsageError
 from petalnode.models.sources import Source, read_json
 from petalnode.models.template_sandbox import FAILURES, WIDE, Refused, Sandbox
-from petalnode.models.tokenizer import NAMED_TOKENS, text_of
+from petalnode.models.tokenizer import HALF_PAIR, NAMED_TOKENS, text_of
 
 MAX_TEMPLATE_CHARACTERS = 1 << 17
 MAX_CONFIG_BYTES = 1 << 24
@@ -63,7 +63,7 @@ class ChatTemplate:
         variables["add_generation_prompt"] = add_generation_prompt
         variables["strftime_now"] = lambda format: _strftime(clock(), format)
         try:
-            return self._sandbox.render(template, variables)
+            text = self._sandbox.render(template, variables)
         except Refused as error:
             raise UsageError(
                 f"The model's chat template refuses these messages: {_line(error)}.",
@@ -71,6 +71,12 @@ class ChatTemplate:
             ) from error
         except FAILURES as error:
             raise _failed(error) from error
+        if HALF_PAIR.search(text):
+            raise UsageError(
+                "The conversation holds half a surrogate pair, which no tokenizer takes.",
+                "Change the messages: what was read was not UTF-8 text.",
+            )
+        return text
 
     def _choose(self, with_tools: bool) -> str:
         if with_tools and "tool_use" in self._templates:

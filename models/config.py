@@ -190,6 +190,15 @@ class ConfigReader:
         return str(name)
 
 
+def _check_common(read: ConfigReader) -> None:
+    """Raise `ModelError` for what transformers does with any family and petalnode with none."""
+    if not read.flag("is_causal", True):
+        raise invalid("is_causal", False, "true for a model that writes text")
+    if read.config.get("per_layer_config"):
+        wanted = "missing, because petalnode builds all blocks by the same sizes"
+        raise invalid("per_layer_config", read.config["per_layer_config"], wanted)
+
+
 def common_fields(
     read: ConfigReader,
     family: str,
@@ -207,11 +216,7 @@ def common_fields(
 
     `whole_heads`: all heads together must be as wide as the hidden state.
     """
-    if not read.flag("is_causal", True):
-        raise invalid("is_causal", False, "true for a model that writes text")
-    if read.config.get("per_layer_config"):
-        wanted = "missing: petalnode builds all blocks by the same sizes"
-        raise invalid("per_layer_config", read.config["per_layer_config"], wanted)
+    _check_common(read)
     hidden_size = read.size(hidden, MAX_HIDDEN_SIZE)
     num_heads = read.size(heads, MAX_HEADS)
     num_kv_heads = read.size(kv_heads, MAX_HEADS, default=num_heads)

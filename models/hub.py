@@ -59,6 +59,7 @@ class HubRepo:
         self._checked: set[Path] = set()
         if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
             disable_progress_bars()  # progress is for whoever called us to show
+        check_token(huggingface_hub.get_token() or "")
         with _translated(repo, revision):
             listed = self._list_files()
             # By the revision's own name, so that the cache can resolve it without network.
@@ -250,6 +251,15 @@ class HubRepo:
         return self._cache / repo_folder_name(repo_id=self._repo, repo_type="model") / "blobs"
 
 
+def check_token(token: str) -> None:
+    """Raise `ModelError` for a token that no HTTP header can carry."""
+    if not token.isascii() or not token.isprintable():
+        raise ModelError(
+            "The token of this machine (HF_TOKEN) has characters that no token has.",
+            "Set it again, without anything around it.",
+        )
+
+
 def _recorded(sibling: RepoSibling) -> Recorded | None:
     """Return what the hub records of a large file; its sha256 will be part of a path."""
     lfs = sibling.lfs
@@ -288,7 +298,7 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
         cause = "the disk is full" if full else str(error.strerror or error)
         raise ModelError(
             f"The files of {repo} cannot be stored in the cache: {cause}.",
-            "Free some space, or choose another place with --cache-dir.",
+            f"{'Free some space, or choose' if full else 'Choose'} another place with --cache-dir.",
         ) from error
 
 

@@ -4,7 +4,8 @@ Tensor by tensor through a memory map that is closed after each block, so that t
 span's own size plus one block as the file has it. Matrices are quantized while they are read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -48,8 +49,8 @@ def load_block_span(
     `quant` is one of `petalnode.models.memory.QUANTS`, `dtype` that of the rest and of activations.
     `keep` must be a span of the same checkpoint and quantization. `progress` is called with (blocks
     done, blocks in all), first with 0; before that, `fetching` hears of the download. Raises
-    `UsageError` for a range outside the model or a quantization that cannot run here, `ModelError`
-    for weights that do not fit the configuration.
+    `UsageError` for a range outside the model, more blocks than the memory holds, or a quantization
+    that cannot run here; `ModelError` for weights that do not fit the configuration.
     """
     config, total = checkpoint.config, end - start
     if not 0 <= start < end <= config.num_blocks:
@@ -68,7 +69,8 @@ def load_block_span(
         if progress is not None:
             progress(index - start, total)
         kept = keep.loaded(index) if keep is not None else None
-        blocks.append(kept or _load_block(checkpoint, index, TorchParts(which, where, quant)))
+        with _memory_errors(index, where):
+            blocks.append(kept or _load_block(checkpoint, index, TorchParts(which, where, quant)))
     if progress is not None:
         progress(total, total)
     return Span(config, start, blocks, which, where)
@@ -80,6 +82,21 @@ def _load_block(checkpoint: Checkpoint, index: int, parts: TorchParts) -> Loaded
     for name, tensor in checkpoint.block_tensors(index):
         parts.targets[name](tensor)
     return LoadedBlock(block, parts.nbytes)
+
+
+@contextmanager
+def _memory_errors(index: int, device: torch.device) -> Iterator[None]:
+    """Turn torch's word for "out of memory" into `UsageError`; a CPU's has no type of its own."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        typed = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not typed and "can't allocate memory" not in str(error):
+            raise
+        raise UsageError(
+            f"The memory of {device} was used up when block {index} was loaded.",
+            "Serve fewer blocks (--num-blocks), or take less for each (--quant nf4).",
+        ) from error
 
 
 @torch.inference_mode()

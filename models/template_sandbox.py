@@ -52,6 +52,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: self._guarded(each) for name, each in self.filters.items()}
         self.filters |= {"_turns": self._turns, "_measured": self._measured}
         self.globals["raise_exception"] = _refuse
+        del self.globals["lipsum"]  # makes up texts of any length, in no conversation's interest
 
     def load(self, source: str) -> Template:
         """Compile a template, with its loops and texts tied to the budget. Raises `FAILURES`."""
@@ -85,7 +86,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps format and format_map
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
-            __self._check_text_call(method.__name__, owner, args)
+            __self._check_text_call(method.__name__, owner, (*args, *kwargs.values()))
         __self._check_numbers((*args, *kwargs.values()))
         return __self._measured(super().call(__context, __obj, *args, **kwargs))
 
@@ -98,10 +99,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise SecurityError("a number grows too large")
         elif operator == "*":
             times, what = (left, right) if isinstance(left, int) else (right, left)
-            if isinstance(times, int) and isinstance(what, Sized) and times > 0:
-                self._charge(len(what) * times)
+            if isinstance(times, int) and times > 0:
+                self._charge(_weight(what) * times)
+        elif operator == "+" and isinstance(left, list) and isinstance(right, list):
+            self._charge(TURN * (len(left) + len(right)))
+            self._charge(_weight(left) + _weight(right))
         elif operator == "%" and isinstance(left, str):
-            _check_format(left)
+            self._check_text_call("format", left, (right,))
         return self._measured(super().call_binop(context, operator, left, right))
 
     def _charge(self, work: int) -> None:
@@ -132,19 +136,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
         @wraps(filtering)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             self._check_numbers((*args[1:], *kwargs.values()))
-            name, texts = filtering.__name__, [one for one in args if isinstance(one, str)]
             for items in (one for one in args if isinstance(one, list | tuple)):
-                self._charge(sum(len(one) for one in items if isinstance(one, str)))
-            if texts:
-                self._check_text_call(name.removeprefix("do_"), texts[0], texts[1:])
+                self._charge(_weight(items))
+            # In front of what is filtered, jinja may have put its environment.
+            first = next((i for i, one in enumerate(args) if isinstance(one, str)), None)
+            if first is not None:
+                name, others = filtering.__name__.removeprefix("do_"), args[first + 1 :]
+                self._check_text_call(name, args[first], (*others, *kwargs.values()))
             return self._measured(filtering(*args, **kwargs))
 
         return guarded
 
     def _check_text_call(self, name: str, text: str, args: Iterable[Any]) -> None:
         """Charge for what a method of a text, or the filter of that name, could make of it."""
+        if name == "translate":
+            raise SecurityError("it translates a text")
         if name in ("format", "format_map"):
             _check_format(text)
+            self._charge((text.count("{") + text.count("%")) * _weight(list(args)))
+        elif name == "wordwrap":
+            self._charge(len(text) * max((len(a) for a in args if isinstance(a, str)), default=1))
         elif name in ("replace", "join", "expandtabs", "indent"):
             sizes = [len(one) if isinstance(one, Sized) else one for one in args]
             self._charge(len(text) * max((one for one in sizes if isinstance(one, int)), default=1))
@@ -165,6 +176,15 @@ class GenerationTag(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
+
+
+def _weight(value: object) -> int:
+    """Return how long a value is as text, about; texts in lists and dictionaries count."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return 1 + sum(map(_weight, value)) if isinstance(value, list | tuple) else 1
 
 
 def _filtered(node: nodes.Node, name: str) -> nodes.Filter:

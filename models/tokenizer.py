@@ -7,6 +7,7 @@ with is for tokenizer.json alone to say.
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ BESIDE = ("merges.txt", OPTIONS, "special_tokens_map.json", "added_tokens.json")
 NAMED_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
 )
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 CONVERTING = ("transformers", "sentencepiece", "google.protobuf")
 
 
@@ -85,8 +87,13 @@ def open_tokenizer(source: Source, config: ModelConfig) -> Tokenizer:
 
 
 def text_of(token: object) -> str | None:
-    """Return the text of a special token as configuration files have it: plain or an object."""
+    """Return the text of a special token as configuration files have it: plain or an object.
+
+    Raises `ModelError` for half a surrogate pair, which JSON can write and no text can hold.
+    """
     value = token.get("content") if isinstance(token, Mapping) else token
+    if isinstance(value, str) and HALF_PAIR.search(value):
+        raise ModelError(f"The special token {value!a} is no text.", f"Download {OPTIONS} again.")
     return value if isinstance(value, str) else None
 
 

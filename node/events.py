@@ -58,7 +58,7 @@ class Memory(Event):
 
 @dataclass(frozen=True)
 class Loading(Event):
-    """``done`` of ``total`` bytes of the blocks' weights are loaded."""
+    """``done`` of ``total`` blocks of the blocks' weights are loaded."""
 
     event = "loading"
     blocks: tuple[int, int]
@@ -176,7 +176,9 @@ class Done(Event):
 
 @dataclass(frozen=True)
 class PeerInfo:
-    """One peer as ``status`` shows it."""
+    """One peer as ``status`` shows it. ``throughput`` and ``forward`` are tokens/s of its span, one
+    at a time and many at once; ``use`` says which of its blocks a session would use now, or why
+    none."""
 
     peer_id: str
     name: str
@@ -186,6 +188,14 @@ class PeerInfo:
     throughput: float
     kv_tokens_free: int
     quant: str
+    forward: float = 0.0
+    queue_depth: int = 0
+    dtype: str = ""
+    max_context: int = 0
+    adapters: Sequence[str] = ()
+    moving_to: tuple[int, int] | None = None
+    pinned: bool = False
+    use: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,7 +208,7 @@ class Unused:
 
 @dataclass(frozen=True)
 class Swarm(Event):
-    """Who serves a model."""
+    """Who serves a model. ``copies``: how many peers serve each block, online."""
 
     event = "swarm"
     model: str
@@ -206,6 +216,7 @@ class Swarm(Event):
     covered: bool
     peers: Sequence[PeerInfo]
     not_used: Sequence[Unused] = field(default_factory=tuple)
+    copies: Sequence[int] = ()
 
 
 Report = Callable[[Event], None]

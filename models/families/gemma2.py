@@ -55,9 +55,9 @@ def read_gemma2(read: ConfigReader) -> GemmaConfig:
     """Return the configuration of a Gemma 2 checkpoint."""
     read = ConfigReader(DEFAULTS | dict(read.config), read.generation)
     fields = gemma_fields(read, "gemma2")
-    if read.config["sliding_window_pattern"] != 2:
-        wanted = "2, as in every Gemma 2: layer_types says it otherwise"
-        raise invalid("sliding_window_pattern", read.config["sliding_window_pattern"], wanted)
+    pattern = read.config["sliding_window_pattern"]
+    if pattern != 2:
+        raise invalid("sliding_window_pattern", pattern, "2, as in every Gemma 2")
     softcap = read.optional_number("attn_logit_softcapping", 0.0, MAX_SCALAR)
     return GemmaConfig(**fields, local_rope=fields["rope"], score_softcap=softcap)
 

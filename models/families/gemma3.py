@@ -30,7 +30,7 @@ DEFAULTS = SHARED_DEFAULTS | {
 }
 """What a missing key means: the files of the larger models say only what differs from it."""
 OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
-"""Keys that a model with a vision tower has beside, not in, its text_config."""
+"""Keys that a model with a vision tower has beside its text_config; the last word is theirs."""
 
 
 def read_gemma3(read: ConfigReader) -> GemmaConfig:
@@ -38,8 +38,12 @@ def read_gemma3(read: ConfigReader) -> GemmaConfig:
     text = read.config.get("text_config")
     if not isinstance(text, Mapping):
         raise invalid("text_config", text, "an object")
+    if text.get("final_logit_softcapping") is not None:
+        wanted = "null, because no Gemma 3 with a vision tower caps logits"
+        raise invalid("final_logit_softcapping", text["final_logit_softcapping"], wanted)
+    own = {key: text[key] for key in text if key != "tie_word_embeddings"}
     outer = {key: read.config[key] for key in OUTER if read.config.get(key) is not None}
-    return read_gemma3_text(ConfigReader(dict(text) | outer, read.generation))
+    return read_gemma3_text(ConfigReader(own | outer, read.generation))
 
 
 def read_gemma3_text(read: ConfigReader) -> GemmaConfig:
@@ -51,7 +55,7 @@ def read_gemma3_text(read: ConfigReader) -> GemmaConfig:
     rope = config | _rope_keys(config, "full_attention", "rope_theta")
     local = config | _rope_keys(config, "sliding_attention", "rope_local_base_freq")
     fields = gemma_fields(ConfigReader(rope, read.generation), "gemma3_text")
-    local_rope = read_rope(local | {"rope_scaling": None}, fields["head_dim"])
+    local_rope = read_rope(local, fields["head_dim"])
     return GemmaConfig(**fields, local_rope=local_rope, score_softcap=None)
 
 
@@ -61,7 +65,11 @@ def _rope_keys(config: Mapping[str, Any], blocks: str, base: str) -> dict[str, A
     both = config.get("rope_parameters") or {}
     if not isinstance(both, Mapping) or set(both) - {"full_attention", "sliding_attention"}:
         raise invalid("rope_parameters", both, "an object for full_attention and sliding_attention")
-    return {"rope_theta": theta, "rope_parameters": both.get(blocks)}
+    own = both.get(blocks)
+    scaling = config.get("rope_scaling") if blocks == "full_attention" else None
+    if isinstance(own, Mapping) and isinstance(scaling, Mapping):
+        scaling = dict(own) | dict(scaling)
+    return {"rope_theta": theta, "rope_parameters": own, "rope_scaling": scaling}
 
 
 def gemma3_block(parts: Parts, config: GemmaConfig, index: int) -> SandwichBlock:

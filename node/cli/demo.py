@@ -19,7 +19,8 @@ import trio
 
 from petalnode.cli.arguments import parse_arguments
 from petalnode.cli.generate import generate
-from petalnode.cli.output import note, print_human, reporter, short
+from petalnode.cli.output import note, print_human, reporter
+from petalnode.cli.swarm_table import short
 from petalnode.errors import PetalnodeError
 from petalnode.events import Event, Report, Route
 from petalnode.models.checkpoint import open_checkpoint

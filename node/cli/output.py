@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from petalnode import events
+from petalnode.cli.swarm_table import short, swarm_lines
 from petalnode.events import Event, Report
 from petalnode.models.memory import readable_bytes
 
@@ -60,11 +61,6 @@ class ProgressLine:
 
 _progress = ProgressLine()
 end_progress = _progress.end
-
-
-def short(peer_id: str) -> str:
-    """The end of a peer id, which is what tells two apart."""
-    return "…" + peer_id[-6:]
 
 
 def span(blocks: tuple[int, int]) -> str:
@@ -155,18 +151,7 @@ def _done(event: events.Done) -> None:
 
 
 def _swarm(event: events.Swarm) -> None:
-    covered = "covered" if event.covered else "NOT covered"
-    print(f"{event.model}: {event.blocks} blocks, {len(event.peers)} peers, {covered}")
-    for peer in event.peers:
-        start, end = peer.blocks
-        bar = "".join("█" if start <= block < end else "·" for block in range(event.blocks))
-        rtt = "   ?  " if peer.rtt_ms is None else f"{peer.rtt_ms:6.1f}"
-        print(
-            f"  {short(peer.peer_id)} {bar} {start}:{end} {peer.state:9} {rtt} ms "
-            f"{peer.throughput:8.1f} tok/s {peer.kv_tokens_free:8} kv {peer.quant} {peer.name}"
-        )
-    for unused in event.not_used:
-        print(f"  not used: {short(unused.peer_id)}: {unused.why}")
+    print("\n".join(swarm_lines(event)), flush=True)
 
 
 SENTENCES: dict[type[Event], Callable[..., None]] = {

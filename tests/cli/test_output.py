@@ -5,9 +5,6 @@ import sys
 
 from petalnode import events
 from petalnode.cli.output import CLEAR_TO_END, end_progress, print_human, print_json
-from petalnode.survey import describe_swarm
-
-from ..routing.records import record
 
 MEMORY = {"weights": 2**20, "peak": 2**21}
 EVENTS = [
@@ -39,33 +36,6 @@ def test_only_the_text_goes_to_stdout(capsys):
     assert out == "def\n"
     for words in ("--join pn1:x", "…abcdef (blocks 0:4, 1.5 ms)", "Block 3", "2 sessions"):
         assert words in err
-
-
-def test_status_shows_bars_and_says_who_is_not_used_and_why(capsys):
-    records = [
-        record("a", 0, 4),
-        record("b", 4, 8),
-        record("c", 4, 6),
-        record("d", 0, 8, state="draining"),
-    ]
-    swarm = describe_swarm("demo", 8, records, {"a": 0.001})
-    assert swarm.covered
-    assert {unused.peer_id: unused.why for unused in swarm.not_used} == {
-        "c": "other peers make a shorter chain",
-        "d": "it is draining",
-    }
-    print_human(swarm)
-    out = capsys.readouterr().out
-    assert "████····" in out
-    assert "demo: 8 blocks, 4 peers, covered" in out
-
-
-def test_status_of_a_swarm_with_a_hole(capsys):
-    swarm = describe_swarm("demo", 8, [record("a", 0, 4)], {})
-    assert not swarm.covered
-    assert "Blocks 4 to 7" in swarm.not_used[0].why
-    print_human(swarm)
-    assert "NOT covered" in capsys.readouterr().out
 
 
 def test_progress_keeps_to_its_line_on_a_terminal(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Chat templates: the text of transformers' apply_chat_template, and templates that mean harm."""
 
 import json
+import tracemalloc
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -250,15 +251,44 @@ def test_a_template_that_refuses() -> None:
         "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
         "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
         "{{ (['a' * 99999] * 9999) | join }}",
+        "{{ ''.join(['a' * 99999] * 9999) | length }}",
+        "{{ (['a' * 99999] * 9999) ~ '' }}",
+        "{{ {'a': ['b' * 99999] * 9999} | tojson }}",
+        "{{ ('{0}' * 9999).format('a' * 99999) }}",
+        "{{ ('{a}' * 9999).format_map({'a': 'b' * 99999}) }}",
+        "{{ ('%(a)s' * 9999) % {'a': 'b' * 99999} }}",
+        "{{ ('%(a)s' * 9999) | format(a='b' * 99999) }}",
+        "{{ ('a' * 9999).translate({97: 'b' * 99999}) }}",
+        "{{ ('a\n' * 9999) | indent(99999) }}",
+        "{{ ('a ' * 9999) | wordwrap(1, wrapstring='b' * 99999) }}",
+        "{{ lipsum(n=99999) }}",
         "{% for a in (range(99999) | map('string') | list) * 999 %}{{ a }}{% endfor %}",
     ],
 )
 def test_templates_that_never_end(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """A smaller budget, so that the test is quick; the real one ends within seconds."""
+    """A smaller budget, so that the test is quick; the real one ends within seconds.
+
+    It is refused before it takes the memory: the smallest of these would be of 100 MB.
+    """
     monkeypatch.setattr(template_sandbox, "MAX_WORK", 1 << 22)
     monkeypatch.setattr(template_sandbox, "MAX_LENGTH", 1 << 20)
-    with pytest.raises(ModelError, match="chat template fails"):
-        ChatTemplate({"default": text}, {}).render([USER])
+    template = ChatTemplate({"default": text}, {})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match="chat template fails"):
+            template.render([USER])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40_000_000
+
+
+def test_half_a_surrogate_pair() -> None:
+    """JSON can write it; a tokenizer would fail with a traceback."""
+    with pytest.raises(UsageError, match=r"half a surrogate pair.*Change the messages"):
+        ChatTemplate({"default": "{{ messages[0].content }}"}, {}).render(
+            [{"role": "user", "content": "a\ud83d"}]
+        )
 
 
 def test_a_template_that_is_too_long() -> None:

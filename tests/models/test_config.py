@@ -122,6 +122,9 @@ def test_other_families(family: Any) -> None:
         ("eos_token_id", list(range(2)) * 300),
         ("torch_dtype", "int8"),
         ("max_position_embeddings", 0),
+        ("is_causal", False),
+        ("is_causal", 1),
+        ("per_layer_config", {"0": {"intermediate_size": 8}}),
     ],
 )
 def test_values_that_cannot_be(key: str, value: Any) -> None:

@@ -251,7 +251,8 @@ REFUSED: list[tuple[Raw, Raw, str]] = [
     (GEMMA2, {"final_logit_softcapping": -30.0}, "final_logit_softcapping"),
     (GEMMA2, {"query_pre_attn_scalar": float("nan")}, "query_pre_attn_scalar"),
     (GEMMA2, {"sliding_window": None}, "sliding_window = None.*some blocks"),
-    (GEMMA2, {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+    (GEMMA2, {"sliding_window_pattern": 3}, "sliding_window_pattern.*2, as in every Gemma 2"),
+    (GEMMA3_1B, {"sliding_window_pattern": 0}, "sliding_window_pattern"),
     (GEMMA3_1B, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*null"),
     (GEMMA3_1B, {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters.*full_attention"),
@@ -262,6 +263,7 @@ REFUSED: list[tuple[Raw, Raw, str]] = [
     (GEMMA3_1B, {"rope_scaling": {"rope_type": "yarn"}}, "lacks rope factor"),
     (GEMMA3_4B, {"text_config": None}, "text_config"),
     (GEMMA3_4B, {"text_config": {"hidden_size": 64}}, "lacks num_hidden_layers"),
+    (GEMMA3_4B, {"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
     (GEMMA3_4B, {"torch_dtype": "int4"}, "torch_dtype"),
 ]
 

@@ -143,6 +143,19 @@ def test_what_gpt_oss_does_not_have_to_say() -> None:
     assert config == read_config(GPT_OSS_20B)
 
 
+@pytest.mark.parametrize("base", [MIXTRAL_8X7B, QWEN3_30B_A3B, GPT_OSS_20B])
+def test_a_missing_key_means_what_it_means_to_transformers(base: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    missing = ("num_key_value_heads", "max_position_embeddings", "sliding_window")
+    raw = {k: v for k, v in base.items() if k not in missing} | {"use_sliding_window": True}
+    ours, theirs = read_config(raw), AutoConfig.for_model(**raw)
+    assert isinstance(ours, MixtralConfig)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.windows[0] == theirs.sliding_window
+
+
 @pytest.mark.parametrize(
     ("base", "key", "value"),
     [

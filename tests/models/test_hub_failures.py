@@ -72,6 +72,15 @@ def test_one_sentence_for_each_refusal(
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("token", ["hf_ü", "hf_\x1b[0m"])
+def test_a_token_that_is_none(
+    hub: HubServer, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert "(HF_TOKEN) has characters that no token has" in message("org/name", tmp_path)
+    assert hub.log == []
+
+
 def test_names_that_the_hub_does_not_know(hub: HubServer, repo: Path, tmp_path: Path) -> None:
     assert "no public repo 'org/nowhere'" in message("org/nowhere", tmp_path)
     assert "no public repo 'org/na--me'" in message("org/na--me", tmp_path)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from petalnode.errors import ModelError, UsageError
+from petalnode.models import loading
 from petalnode.models.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from petalnode.models.families.family import EMBED, HEAD
 from petalnode.models.families.llama import llama_block
@@ -115,6 +116,22 @@ def test_blocks_out_of_range(tiny_checkpoint: MakeCheckpoint, start: int, end: i
     checkpoint = open_checkpoint(str(tiny_checkpoint()))
     with pytest.raises(UsageError, match=r"out of range.* 0:4"):
         load_block_span(checkpoint, start, end, **CPU)
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_more_blocks_than_memory(
+    tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, typed: bool
+) -> None:
+    """Both kinds of error are torch's own."""
+
+    def block(*_: object) -> None:
+        if typed:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(loading, "_load_block", block)
+    with pytest.raises(UsageError, match=r"memory of cpu was used up when block 1 .*--num-blocks"):
+        load_block_span(open_checkpoint(str(tiny_checkpoint())), 1, 3, **CPU)
 
 
 def test_the_peak_is_the_span(tmp_path: Path) -> None:

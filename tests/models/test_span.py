@@ -35,6 +35,16 @@ def test_sub_spans_chain_to_the_span(span: Span) -> None:
     assert torch.equal(both, whole)
 
 
+def test_one_row_in_several_calls(span: Span) -> None:
+    """Its length advances with its last block, not before."""
+    x, row = hidden(20), span.new_row(1, 4)
+    whole = span.forward(x, [RowSlice(span.new_row(1, 4), 0, 20)], 1, 4)
+    first = span.forward(x, [RowSlice(row, 0, 20)], 1, 3)
+    assert row.length == 0
+    assert torch.equal(span.forward(first, [RowSlice(row, 0, 20)], 3, 4), whole)
+    assert row.length == 20
+
+
 def test_the_input_is_left_alone(span: Span) -> None:
     """The sender's replay log may hold the very tensor."""
     x = hidden(5)

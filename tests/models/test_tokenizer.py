@@ -370,6 +370,13 @@ def test_a_damaged_file(tmp_path: Path, content: str) -> None:
         ours(tmp_path)
 
 
+def test_a_special_token_that_is_no_text(tmp_path: Path) -> None:
+    write(tmp_path, "GPT-2")
+    (tmp_path / "tokenizer_config.json").write_text(r'{"eos_token": {"content": "\ud800"}}')
+    with pytest.raises(ModelError, match=r"special token '\\ud800' is no text.*Download"):
+        ours(tmp_path)
+
+
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     write(tmp_path, "GPT-2")
     (tmp_path / "tokenizer.json").unlink()
