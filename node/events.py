@@ -58,7 +58,7 @@ class Memory(Event):
 
 @dataclass(frozen=True)
 class Loading(Event):
-    """``done`` of ``total`` blocks of the blocks' weights are loaded."""
+    """``done`` of ``total`` blocks are loaded."""
 
     event = "loading"
     blocks: tuple[int, int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from petalnode.models.config import ConfigReader, ModelConfig, common_fields
+from petalnode.models.config import ConfigReader, ModelConfig, common_fields, invalid
 from petalnode.models.families.family import Family, SimpleClient
 from petalnode.models.layers.attention import Attention, alibi, interleaved_projections
 from petalnode.models.layers.mlp import Mlp
@@ -33,6 +33,8 @@ def read_bloom(read: ConfigReader) -> BloomConfig:
 
     ALiBi knows no longest text; the context is what the model was trained on.
     """
+    if read.flag("slow_but_exact") and read.config.get("pretraining_tp") not in (None, 1):
+        raise invalid("slow_but_exact", True, "false: sums in the order of the training machines")
     heads = read.spelling("n_head", "num_attention_heads")
     common = common_fields(
         read,

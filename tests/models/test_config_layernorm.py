@@ -173,3 +173,9 @@ def test_embeddings_of_opt_count_what_they_take(tiny_checkpoint: MakeCheckpoint)
     rows = shape["max_position_embeddings"] + 2
     numbers = shape["vocab_size"] * small + rows * hidden + 2 * small * hidden
     assert client.param_bytes == 4 * numbers
+
+
+def test_bloom_that_sums_as_its_training_machines_did() -> None:
+    assert bloom(slow_but_exact=True, pretraining_tp=1).family == "bloom"
+    with pytest.raises(ModelError, match="slow_but_exact"):
+        bloom(slow_but_exact=True, pretraining_tp=4)
