@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # One thread a process: the demo's nodes and the tests' processes share few cores.
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test check format types bench bench-wire interop clean
+.PHONY: demo test check format types bench bench-wire kills soak interop clean
 
 demo: $(READY)
 	@$(BIN)/petalnode demo
@@ -32,6 +32,13 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+kills: $(READY)
+	$(THREADS) $(BIN)/python -m benchmarks.kills --kills $(or $(KILLS),100)
+	PETALNODE_TEST_SEEDS=10 $(THREADS) $(BIN)/python -m pytest -q tests/simnet/test_recovery.py
+
+soak: $(READY)
+	$(THREADS) $(BIN)/python -m benchmarks.soak --seconds $(or $(SECONDS),600)
 
 interop: $(READY)
 	$(BIN)/python -m pytest -q tests/interop

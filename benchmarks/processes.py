@@ -70,6 +70,14 @@ class Child:
         self.tell(**message)
         return self.hear()
 
+    def ends(self, deadline_s: float) -> bool:
+        """Whether it ends by itself in time."""
+        try:
+            self._process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def stop(self) -> None:
         """Ask it to end; kill it if it does not soon."""
         self._process.terminate()

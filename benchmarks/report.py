@@ -44,7 +44,8 @@ class Target:
         if self.reached:
             return "reached"
         by = abs(self.value - self.limit)
-        return f"missed by {figure(by)}{self.unit} ({by / self.limit:.0%})"
+        share = f" ({by / self.limit:.0%})" if self.limit else ""
+        return f"missed by {figure(by)}{self.unit}{share}"
 
     def line(self) -> str:
         sign = "≥" if self.at_least else "≤"

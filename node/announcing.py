@@ -49,29 +49,33 @@ class Announcer:
         await self._gossip.publish(announcement)
         self.said = announcement
 
-    async def beat(self, announce: Callable[[], Announcement]) -> None:
-        """Publish what ``announce`` says, again and again. Runs for ever."""
+    async def beat(self, announce: Callable[[], Announcement], room: Callable[[], int]) -> None:
+        """Publish what ``announce`` says, again and again. Runs for ever.
+
+        ``room`` is how many tokens of attention cache are free.
+        """
         while True:
             await self.publish(announce())
             spoke_at = trio.current_time()
-            await self._wait_turn(spoke_at + next_beat(self._swarm_size(), self._rng), announce)
+            await self._wait_turn(spoke_at + next_beat(self._swarm_size(), self._rng), room)
             await trio.sleep_until(spoke_at + MIN_GAP_S)
 
-    async def _wait_turn(self, due: float, announce: Callable[[], Announcement]) -> None:
+    async def _wait_turn(self, due: float, room: Callable[[], int]) -> None:
         while trio.current_time() < due:
             with trio.move_on_at(min(due, trio.current_time() + CHECK_S)):
                 await self._urgent.wait()
                 self._urgent = trio.Event()
                 return
-            if self.said is not None and fullness_changed(self.said, announce()):
+            if self.said is not None and fullness_changed(self.said.kv_tokens_free, room()):
                 return
 
     def _swarm_size(self) -> int:
         return len(self._gossip.view.live(trio.current_time()))
 
 
-def fullness_changed(said: Announcement, now: Announcement) -> bool:
-    """Whether a peer became too full for another session, or has room again."""
-    if said.kv_tokens_free < FULL_TOKENS:
-        return now.kv_tokens_free >= FREE_TOKENS
-    return now.kv_tokens_free < FULL_TOKENS
+def fullness_changed(said: int, now: int) -> bool:
+    """Whether a peer with so many free tokens became too full for another session, or has room
+    again."""
+    if said < FULL_TOKENS:
+        return now >= FREE_TOKENS
+    return now < FULL_TOKENS

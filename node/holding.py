@@ -12,6 +12,7 @@ from statistics import median
 import torch
 import trio
 
+from petalnode.bandwidth import BandwidthMeter
 from petalnode.compute import Compute
 from petalnode.errors import ModelError
 from petalnode.events import Draining, Moving, Ready, Report
@@ -19,8 +20,10 @@ from petalnode.machine import Machine
 from petalnode.models.checkpoint import Checkpoint
 from petalnode.models.span import Span
 from petalnode.p2p.frames import FrameStream
-from petalnode.routing.announcement import MAX_ADDRS, Announcement, State
+from petalnode.protocol import refusal_wire
+from petalnode.routing.announcement import MAX_ADDRS, MAX_BANDWIDTH, Announcement, State
 from petalnode.serving.hop_session import Connect
+from petalnode.serving.known_rates import Rates, rates_key
 from petalnode.serving.service import SpanService, Throughput, load_service
 from petalnode.swarm import Swarm
 
@@ -45,6 +48,7 @@ class Terms:
     device: torch.device
     quant: str
     kv_tokens: int | None
+    replay_log_tokens: int | None
     pinned: bool
 
 
@@ -58,6 +62,7 @@ class Holding:
         machine: Machine,
         compute: Compute,
         connect: Connect,
+        meter: BandwidthMeter,
         nursery: trio.Nursery,
         report: Report,
     ) -> None:
@@ -70,12 +75,15 @@ class Holding:
         self._machine = machine
         self._compute = compute
         self._connect = connect
+        self._meter = meter
         self._nursery = nursery
         self._report = report
         self._state: State = "joining"
         self._moving_to: Blocks | None = None
         self._seq = int(machine.wall_clock() * 1e6)
         self._engine_scope = trio.CancelScope()
+        config, dtype = terms.checkpoint.config, dtype_name(terms.dtype)
+        self._rates_key = rates_key(config, terms.device, dtype, terms.quant)
 
     @property
     def sessions(self) -> int:
@@ -84,7 +92,10 @@ class Holding:
 
     async def handle(self, stream: FrameStream) -> None:
         """The stream handler of the hop protocol, whatever span is held."""
-        if self.service is not None:
+        if self.service is None:
+            await stream.send(refusal_wire("joining", "this node still loads its blocks"))
+            await stream.aclose()
+        else:
             await self.service.server.handle(stream)
 
     async def intend(self, blocks: Blocks) -> None:
@@ -93,7 +104,7 @@ class Holding:
         self.blocks = blocks
         await self._publish("joining")
         if first:  # loading may take longer than a record lives
-            self._nursery.start_soon(self._swarm.beat, self.announcement)
+            self._nursery.start_soon(self._swarm.beat, self.announcement, self._room)
 
     async def load(self) -> None:
         """Load the blocks that were announced, and serve them. Raises ``ModelError``."""
@@ -145,6 +156,7 @@ class Holding:
         self.service.server.draining = True
         await self._publish(state)
         with trio.move_on_after(deadline_s):
+            await self.service.server.drain()  # those who are told will not choose us again
             await self.service.server.wait_idle()
             return True
         return False
@@ -171,6 +183,7 @@ class Holding:
             device=self.terms.device,
             quant=self.terms.quant,
             kv_tokens=self.terms.kv_tokens,
+            replay_log_tokens=self.terms.replay_log_tokens,
             compute=self._compute,
             connect=self._connect,
             measure=self._machine.measure,
@@ -180,6 +193,9 @@ class Holding:
         self._engine_scope.cancel()
         self._engine_scope = trio.CancelScope()
         self.service = service
+        rates = self.expected_rates()
+        if rates is not None:
+            self._machine.known_rates.put(self._rates_key, rates)
         self._nursery.start_soon(self._run_engine, service, self._engine_scope)
 
     async def _run_engine(self, service: SpanService, scope: trio.CancelScope) -> None:
@@ -214,7 +230,7 @@ class Holding:
             state=self._state,
             decode_tps=throughput.decode,
             forward_tps=throughput.forward,
-            kv_tokens_free=service.budget.tokens_free if service else 0,
+            kv_tokens_free=self._room(),
             queue_depth=service.engine.queue_depth if service else 0,
             dtype=dtype_name(terms.dtype),
             quant=terms.quant,
@@ -224,22 +240,38 @@ class Holding:
             issued_at=self._machine.wall_clock(),
             ttl_s=self._swarm.ttl_s,
             rtts=self._swarm.rtts_to_announce(),
+            bandwidth=min(self._meter.bytes_per_s, MAX_BANDWIDTH),
             moving_to=self._moving_to,
             pinned=terms.pinned or self.declines,
         )
 
+    def _room(self) -> int:
+        return self.service.budget.tokens_free if self.service else 0
+
+    def expected_rates(self) -> Rates | None:
+        """Tokens/s through one block here, as measured now or earlier; else as the others in the
+        middle say, None where there are none."""
+        if self.service is not None and self.blocks is not None:
+            size = self.service.span.end - self.service.span.start
+            decode, forward = self.service.throughput.decode, self.service.throughput.forward
+            return Rates(decode * size, forward * size)
+        known = self._machine.known_rates.get(self._rates_key)
+        others = self._swarm.others()
+        if known is not None or not others:
+            return known
+        return Rates(
+            median(a.decode_tps * (a.end - a.start) for a in others),
+            median(a.forward_tps * (a.end - a.start) for a in others),
+        )
+
     def _throughput(self) -> Throughput:
-        """As measured; before that, as fast for each block as the others in the middle."""
         if self.service is not None:
             return self.service.throughput
-        assert self.blocks is not None
-        size, others = self.blocks[1] - self.blocks[0], self._swarm.others()
-        if not others:
+        rates = self.expected_rates()
+        if rates is None or self.blocks is None:
             return Throughput()
-        return Throughput(
-            median(a.decode_tps * (a.end - a.start) for a in others) / size,
-            median(a.forward_tps * (a.end - a.start) for a in others) / size,
-        )
+        size = self.blocks[1] - self.blocks[0]
+        return Throughput(rates.decode / size, rates.forward / size)
 
 
 def shared(span: Span, blocks: Blocks) -> Span:

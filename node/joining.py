@@ -8,10 +8,12 @@ from pathlib import Path
 from random import Random
 
 from petalnode.errors import PeerError, PeerUnreachable, SwarmMismatch
+from petalnode.events import Listening
 from petalnode.models.checkpoint import Checkpoint
 from petalnode.p2p.hello import Hello, ask
 from petalnode.p2p.host import Host
 from petalnode.p2p.invite import Invite, parse_join
+from petalnode.routing.announcement import MAX_ADDRS
 from petalnode.routing.view import Sighting
 
 NETWORK_ID_BYTES = 16
@@ -104,3 +106,14 @@ def contacts(joins: Sequence[Invite | str]) -> dict[str, list[str]]:
         for addr in join.addrs if isinstance(join, Invite) else (join,):
             found.setdefault(addr.rpartition("/p2p/")[2], []).append(addr)
     return found
+
+
+def make_invite(host: Host, checkpoint: Checkpoint, network: str) -> str:
+    """The invite that names ``host`` as contact."""
+    name, fingerprint = public_name(checkpoint), checkpoint.fingerprint
+    return Invite(network, name, fingerprint, host.addrs[:MAX_ADDRS]).encode()
+
+
+def listening(host: Host, checkpoint: Checkpoint, network: str) -> Listening:
+    """The event that tells where this node can be reached."""
+    return Listening(host.peer_id, host.addrs, make_invite(host, checkpoint, network))

@@ -1,6 +1,6 @@
 """What a node takes from the machine that it runs on: network, computing, clock, randomness.
 
-``Machine()`` is the real one. A simulator brings its own, and everything above runs unchanged.
+``this_machine()`` is the real one. A simulator brings its own, and everything above runs unchanged.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from petalnode.models.span import Span
 from petalnode.p2p.host import Tap, untapped
 from petalnode.p2p.identity import Identity
 from petalnode.p2p.wire import TCP, Transport
+from petalnode.serving.known_rates import KnownRates, rates_path
 from petalnode.serving.service import Measure, Throughput, measure_throughput
 
 
@@ -26,7 +27,8 @@ def measure_by_clock(span: Span) -> Throughput:
 @dataclass(frozen=True)
 class Machine:
     """``wall_clock`` gives Unix seconds; ``rng`` makes network ids and chooses gossip partners;
-    ``measure`` times a loaded span; ``identity`` stands for the key file that options name."""
+    ``measure`` times a loaded span, ``known_rates`` is what it found earlier; ``identity`` stands
+    for the key file that options name."""
 
     transport: Transport = TCP
     tap: Tap = untapped
@@ -35,3 +37,9 @@ class Machine:
     wall_clock: Callable[[], float] = time.time
     rng: Random = field(default_factory=SystemRandom)
     identity: Identity | None = None
+    known_rates: KnownRates = field(default_factory=KnownRates)
+
+
+def this_machine() -> Machine:
+    """The real one, which remembers how fast it was."""
+    return Machine(known_rates=KnownRates(rates_path()))

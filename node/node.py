@@ -11,7 +11,6 @@ to the swarm, closes sessions, then gossip, then the host.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import (
     AbstractAsyncContextManager,
@@ -20,18 +19,24 @@ from contextlib import (
     asynccontextmanager,
     nullcontext,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import trio
 
+from petalnode.bandwidth import BandwidthMeter
 from petalnode.errors import NoRoute, PeerError, UsageError
-from petalnode.events import Downloading, Listening, Report, ignore
+from petalnode.events import Downloading, Report, ignore
 from petalnode.holding import Holding, Terms, dtype_name
-from petalnode.joining import join_swarm, known_network, parse_joins, public_name
-from petalnode.machine import Machine
+from petalnode.joining import (
+    join_swarm,
+    known_network,
+    listening,
+    make_invite,
+    parse_joins,
+)
+from petalnode.machine import Machine, this_machine
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 from petalnode.models.client import ClientParts
 from petalnode.models.devices import pick_device, pick_dtype
@@ -39,81 +44,39 @@ from petalnode.models.loading import load_client
 from petalnode.models.quantize import check_quant
 from petalnode.models.tokenizer import Tokenizer
 from petalnode.nurseries import plain_errors
+from petalnode.options import NodeOptions
 from petalnode.p2p.frames import FrameStream
 from petalnode.p2p.host import Host, open_host
 from petalnode.p2p.identity import Identity, acquire_identity, new_identity
-from petalnode.p2p.invite import Invite
 from petalnode.p2p.memory import memory_frame_pair
 from petalnode.placing import Balancer, choose_span
 from petalnode.protocol import HOP_PROTOCOL
 from petalnode.replacing import SessionReplacements, route_event
 from petalnode.reunion import seek_friends
-from petalnode.routing.announcement import MAX_ADDRS, MAX_KV_TOKENS, MAX_NAME_BYTES
-from petalnode.routing.chain import Hop
-from petalnode.routing.costs import ANYTHING
+from petalnode.routing.chain import Gap, Hop
+from petalnode.routing.costs import ANYTHING, Workload
 from petalnode.serving.memory_plan import plan_memory
 from petalnode.serving.service import SpanService, free_memory
 from petalnode.session.chain import Chain, ChainSetup, open_chain
-from petalnode.session.session import IdsSource, Session
+from petalnode.session.hidden import HiddenSession, check_span
+from petalnode.session.session import IdsSource, Session, check_rows
 from petalnode.swarm import Swarm, open_swarm
+
+__all__ = ["Node", "NodeOptions", "open_node"]
 
 MAX_CHAINS_TRIED = 4
 """Chains that a session tries when hops refuse or cannot be reached."""
 
 
 @dataclass(frozen=True)
-class NodeOptions:
-    """How a node takes part. By default it is a client: holds no blocks, listens nowhere.
+class _Ask:
+    """What a chain is opened for. ``gap``: the blocks, None being all of them."""
 
-    ``blocks`` pins the span; ``num_blocks`` chooses the least covered span of that size, ``None``
-    of as many blocks as fit the free memory. ``identity`` is a key file; a serving node without one
-    uses the default file, a client a fresh key. ``port`` 0 takes any free one.
-    """
-
-    join: tuple[str, ...] = ()
-    blocks: tuple[int, int] | None = None
-    num_blocks: int | None = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    quant: str = "none"
-    kv_tokens: int | None = None
-    host: str = "0.0.0.0"
-    port: int = 0
-    announce: tuple[str, ...] = ()
-    name: str = ""
-    identity: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ``UsageError`` for what no node can do."""
-        if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
-            raise UsageError(f"{self.blocks} is not a range of blocks.", "Give start < end.")
-        if (self.num_blocks or 0) < 0 or not 1 <= (self.kv_tokens or 1) <= MAX_KV_TOKENS:
-            raise UsageError("A number of blocks or tokens is out of range.", "Check the options.")
-        if len(self.name.encode()) > MAX_NAME_BYTES or not self.name.isprintable():
-            raise UsageError(
-                f"The name is not printable text of at most {MAX_NAME_BYTES} bytes.",
-                "Choose a shorter, plainer one.",
-            )
-        try:
-            ipaddress.ip_address(self.host)
-        except ValueError:
-            raise UsageError(
-                f"The host {self.host!r} is not an IP address.",
-                "Use one of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them.",
-            ) from None
-
-    @property
-    def serves(self) -> bool:
-        """Whether the node holds blocks."""
-        return self.blocks is not None or self.num_blocks != 0
-
-    @property
-    def listen(self) -> tuple[str, ...]:
-        """Multiaddrs to listen on: none for a client, which only dials."""
-        if not self.serves:
-            return ()
-        kind = "ip6" if ":" in self.host else "ip4"
-        return (f"/{kind}/{self.host}/tcp/{self.port}",)
+    workload: Workload
+    report: Report
+    source: IdsSource | None = None
+    rows: int = 1
+    gap: Gap | None = None
 
 
 class Node:
@@ -129,6 +92,7 @@ class Node:
         device: torch.device,
         report: Report,
         machine: Machine,
+        meter: BandwidthMeter,
     ) -> None:
         self.checkpoint = checkpoint
         self.options = options
@@ -140,7 +104,7 @@ class Node:
         self._compute = machine.compute()
         self._device = device
         self._dtype = pick_dtype(options.dtype, checkpoint.config.dtype, self._device)
-        self._holding = self._empty_holding()
+        self._holding = self._empty_holding(meter)
         self._balancing = trio.CancelScope()
         self._client: ClientParts | None = None
         self._tokenizer: Tokenizer | None = None
@@ -180,54 +144,79 @@ class Node:
         return ours
 
     @asynccontextmanager
-    async def open_session(self, report: Report = ignore) -> AsyncIterator[Session]:
+    async def open_session(
+        self, report: Report = ignore, workload: Workload = ANYTHING, *, rows: int = 1
+    ) -> AsyncIterator[Session]:
         """A session over the best chain there is now; leaving it frees its caches everywhere.
 
-        Waits for blocks that nobody serves, with a reason and a deadline. Raises ``NoRoute``, or
-        what the last chain tried failed with.
+        ``workload`` is what it needs of every hop: room, context, adapters, exact weights. ``rows``
+        is how many sequences it may have at once: prompts times beams. Waits for blocks that nobody
+        serves, with a reason and a deadline. Raises ``NoRoute``, or what the last chain tried
+        failed with; ``UsageError`` for a number of rows that no session has.
         """
+        check_rows(rows)
         with plain_errors():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._load_client)
-                await self.swarm.wait_covered(report)
+                await self.swarm.wait_covered(report, workload)
                 await self.swarm.probe()
         assert self._client is not None
         assert self._tokenizer is not None
         async with AsyncExitStack() as stack:
-            source = IdsSource(self._client, self._compute)
-            chain = await self._open_chain(stack, source, report)
+            source = IdsSource(self._client, self._compute, rows)
+            ask = _Ask(self._sized(workload), report, source, rows)
+            chain = await self._open_chain(stack, ask)
             yield Session(chain, source, self._tokenizer, self._compute)
+
+    @asynccontextmanager
+    async def open_hidden(
+        self, start: int, end: int, report: Report = ignore, workload: Workload = ANYTHING
+    ) -> AsyncIterator[HiddenSession]:
+        """Blocks ``[start, end)`` alone, for hidden states of the caller's.
+
+        Waits and raises as ``open_session`` does; ``UsageError`` for blocks that there are not.
+        """
+        check_span(start, end, self.checkpoint.config.num_blocks)
+        ask = _Ask(self._sized(workload), report, gap=Gap(start, end))
+        await self._replacements(ask).find(Gap(start, end), {})  # waits until there are any
+        await self.swarm.probe()
+        async with AsyncExitStack() as stack:
+            chain = await self._open_chain(stack, ask)
+            yield HiddenSession(chain, self._dtype, self.checkpoint.config.max_positions)
 
     async def drain(self) -> None:
         """Take no new sessions, tell the swarm, wait until those here end or the deadline."""
         self._balancing.cancel()
         await self._holding.drain()
 
-    async def _open_chain(
-        self, stack: AsyncExitStack, source: IdsSource, report: Report
-    ) -> Chain:
+    def _sized(self, workload: Workload) -> Workload:
+        """The workload with the size of this model's hidden states."""
+        hidden_bytes = self.checkpoint.config.hidden_size * self._dtype.itemsize
+        return replace(workload, token_bytes=workload.token_bytes or hidden_bytes)
+
+    async def _open_chain(self, stack: AsyncExitStack, ask: _Ask) -> Chain:
         refused: dict[str, PeerError] = {}
         while True:
             try:
-                hops = self.swarm.find_chain(exclude=refused)
+                hops = self.swarm.find_chain(ask.workload, exclude=refused, gap=ask.gap)
             except NoRoute:
                 if refused:  # there was a chain, but it said no: that is what to tell
                     raise next(reversed(refused.values())) from None
-                raise
+                # There was one a moment ago: a node drains, or moves. Wait for what comes of it.
+                whole = Gap(0, self.checkpoint.config.num_blocks)
+                hops = tuple(await self._replacements(ask).find(ask.gap or whole, {}))
             try:
-                chain = await stack.enter_async_context(self._chain(hops, source, report))
+                chain = await stack.enter_async_context(self._chain(hops, ask))
             except PeerError as error:
                 self.swarm.note_failure(error)
                 if error.peer_id in refused or len(refused) + 1 >= MAX_CHAINS_TRIED:
                     raise
                 refused[error.peer_id] = error
                 continue
-            report(route_event(hops))
+            ask.report(route_event(hops))
             return chain
 
-    def _chain(
-        self, hops: tuple[Hop, ...], source: IdsSource, report: Report
-    ) -> AbstractAsyncContextManager[Chain]:
+    def _chain(self, hops: tuple[Hop, ...], ask: _Ask) -> AbstractAsyncContextManager[Chain]:
         for record in self.swarm.live():
             self._host.learn(record.peer_id, record.addrs)
         setup = ChainSetup(
@@ -235,10 +224,15 @@ class Node:
             client=self.peer_id,
             fingerprint=self.checkpoint.fingerprint,
             hidden_size=self.checkpoint.config.hidden_size,
-            source=source,
-            replacements=SessionReplacements(self.swarm, ANYTHING, self._host.learn, report),
+            rows=ask.rows,
+            source=ask.source,
+            replacements=self._replacements(ask),
+            rng=self._machine.rng,
         )
         return open_chain(setup, hops)
+
+    def _replacements(self, ask: _Ask) -> SessionReplacements:
+        return SessionReplacements(self.swarm, ask.workload, self._host.learn, ask.report)
 
     async def _load_client(self) -> None:
         """Embeddings, norm, head and tokenizer, once."""
@@ -253,7 +247,7 @@ class Node:
     def _fetching(self, file: str, done: int, total: int) -> None:
         self._compute.tell(lambda: self._report(Downloading(file, done, total)))
 
-    def _empty_holding(self) -> Holding:
+    def _empty_holding(self, meter: BandwidthMeter) -> Holding:
         options, host = self.options, self._host
         terms = Terms(
             checkpoint=self.checkpoint,
@@ -264,6 +258,7 @@ class Node:
             device=self._device,
             quant=options.quant,
             kv_tokens=options.kv_tokens,
+            replay_log_tokens=options.replay_log_tokens,
             pinned=options.blocks is not None,
         )
         return Holding(
@@ -272,6 +267,7 @@ class Node:
             self._machine,
             self._compute,
             self._connect,
+            meter,
             self._nursery,
             self._report,
         )
@@ -290,7 +286,8 @@ class Node:
 
     async def _balance(self) -> None:
         with self._balancing:
-            await Balancer(self._holding, self.swarm, self._machine.rng).run()
+            planning = self._machine.compute()
+            await Balancer(self._holding, self.swarm, self._machine.rng, planning).run()
 
     def _plan_blocks(self) -> int:
         """How many blocks: as asked for, or as many as fit; says why."""
@@ -319,12 +316,6 @@ class Node:
             stream.reset()
 
 
-def make_invite(host: Host, checkpoint: Checkpoint, network: str) -> str:
-    """The invite that names ``host`` as contact."""
-    name, fingerprint = public_name(checkpoint), checkpoint.fingerprint
-    return Invite(network, name, fingerprint, host.addrs[:MAX_ADDRS]).encode()
-
-
 @asynccontextmanager
 async def open_node(
     model: str | Checkpoint,
@@ -339,13 +330,13 @@ async def open_node(
     ``ListenError``, ``SwarmMismatch`` or ``PeerUnreachable``. ``report`` gets what happens;
     a simulator brings its ``machine``.
     """
-    options, machine = options or NodeOptions(), machine or Machine()
+    options, machine = options or NodeOptions(), machine or this_machine()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     check_blocks(checkpoint, options)
     device = pick_device(options.device)
     check_quant(options.quant, device)
     joins = parse_joins(options.join)
-    network = known_network(joins, checkpoint, machine.rng)
+    network, meter = known_network(joins, checkpoint, machine.rng), BandwidthMeter()
     with plain_errors():
         async with AsyncExitStack() as stack:
             identity = stack.enter_context(node_identity(options, machine))
@@ -355,7 +346,7 @@ async def open_node(
                     listen=options.listen,
                     announce=options.announce,
                     transport=machine.transport,
-                    tap=machine.tap,
+                    tap=lambda stream, protocol: meter.tap(machine.tap(stream, protocol), protocol),
                 )
             )
             if network is not None and options.serves:
@@ -367,7 +358,7 @@ async def open_node(
                 open_swarm(host, identity, checkpoint, joined, machine)
             )
             nursery = await stack.enter_async_context(trio.open_nursery())
-            node = Node(checkpoint, options, host, swarm, nursery, device, report, machine)
+            node = Node(checkpoint, options, host, swarm, nursery, device, report, machine, meter)
             nursery.start_soon(swarm.run)
             nursery.start_soon(seek_friends, host, swarm)
             try:
@@ -397,8 +388,3 @@ def node_identity(options: NodeOptions, machine: Machine) -> AbstractContextMana
     if options.identity is None and not options.serves:
         return nullcontext(new_identity())
     return acquire_identity(options.identity)
-
-
-def listening(host: Host, checkpoint: Checkpoint, network: str) -> Listening:
-    """The event that tells where this node can be reached."""
-    return Listening(host.peer_id, host.addrs, make_invite(host, checkpoint, network))

@@ -7,6 +7,7 @@ new receiver up to date from the log, between two steps, and then goes on.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import torch
@@ -75,9 +76,10 @@ class Outlet:
 
     async def bring_up(self, deliver: Deliver, replay: Replay) -> None:
         """Replay to a receiver that stands by, in the caller's task; steps go on meanwhile."""
-        async for step, hidden in replayed(self.source, replay):
-            self.replayed_tokens += step.tokens
-            await within_deadline(deliver, step, hidden)
+        async with aclosing(replayed(self.source, replay)) as steps:
+            async for step, hidden in steps:
+                self.replayed_tokens += step.tokens
+                await within_deadline(deliver, step, hidden)
 
     async def _send(self, deliver: Deliver, step: Step, hidden: torch.Tensor) -> None:
         await within_deadline(deliver, step, hidden)
@@ -99,7 +101,12 @@ class Outlet:
                 await self._attach(item)
                 continue
             step, hidden = item
+            ordered = self.source.ordered
+            if step.order and step.seq > ordered and self._reach:
+                self._reach = [self._reach[row] for row in step.order]
             self.source.record(step, hidden)
+            if self.source.ordered != ordered:
+                self._floor = (0,) * len(self._floor)  # a replay of other rows is news again
             if self._deliver is not None and self._is_next(step):
                 try:
                     await self._send(self._deliver, step, hidden)
@@ -130,9 +137,10 @@ class Outlet:
             )
         ]
         try:
-            async for step, hidden in replayed(self.source, item.replay):
-                self.replayed_tokens += step.tokens
-                await self._send(item.deliver, step, hidden)
+            async with aclosing(replayed(self.source, item.replay)) as steps:
+                async for step, hidden in steps:
+                    self.replayed_tokens += step.tokens
+                    await self._send(item.deliver, step, hidden)
         except PeerError as error:
             item.error, self._deliver = error, None
         finally:

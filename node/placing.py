@@ -6,10 +6,12 @@ a moment to hear of others that join at the same time, and sessions that must no
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 
 import trio
 
+from petalnode.compute import Compute
 from petalnode.holding import Holding
 from petalnode.routing.announcement import Announcement
 from petalnode.routing.placement import choose_window
@@ -20,7 +22,9 @@ SETTLE_S = 0.4
 """How long a newcomer listens at least for others that chose at the same moment; twice at most."""
 MAX_LOOKS = 5
 CHECK_S = 1.0
-"""Between two looks at whether this node should move."""
+"""Between two looks at whether this node should move, in a small swarm."""
+PLAN_SHARE = 0.03
+"""Of its time that a node may spend on that; in a large swarm it looks less often."""
 DECLINE_S = 60.0
 """For how long a node with sessions leaves a move to others that can make it."""
 GIVEN_UP_S = 120.0
@@ -34,13 +38,14 @@ async def choose_span(holding: Holding, swarm: Swarm, size: int, rng: Random) ->
     choice and the others choose around it.
     """
     num_blocks, own_id = swarm.num_blocks, holding.terms.peer_id
-    before = swarm.others()
-    await holding.intend(choose_window(before, num_blocks, size))
+    before, rates = swarm.others(), holding.expected_rates()
+    rate = rates.decode if rates else None
+    await holding.intend(choose_window(before, num_blocks, size, rate))
     known = {a.peer_id for a in before}
     for _ in range(MAX_LOOKS):
         await trio.sleep(SETTLE_S * rng.uniform(1.0, 2.0))
         first = [a for a in swarm.others() if a.peer_id in known or _has_precedence(a, own_id)]
-        chosen = choose_window(first, num_blocks, size, current=holding.blocks)
+        chosen = choose_window(first, num_blocks, size, rate, current=holding.blocks)
         if chosen == holding.blocks:
             return
         await holding.intend(chosen)
@@ -51,11 +56,16 @@ def _has_precedence(a: Announcement, own_id: str) -> bool:
 
 
 class Balancer:
-    """Moves this node's span when the swarm needs it elsewhere. ``run`` runs for ever."""
+    """Moves this node's span when the swarm needs it elsewhere. ``run`` runs for ever.
 
-    def __init__(self, holding: Holding, swarm: Swarm, rng: Random) -> None:
+    Planning for a thousand peers takes a third of a second: ``compute`` keeps it off the event
+    loop, and must not be the device's, which would keep tokens waiting.
+    """
+
+    def __init__(self, holding: Holding, swarm: Swarm, rng: Random, compute: Compute) -> None:
         self._holding = holding
         self._swarm = swarm
+        self._compute = compute
         self._own_id = holding.terms.peer_id
         self._rebalancer = Rebalancer(self._own_id, swarm.num_blocks, rng)
         self._declines_until = 0.0
@@ -63,25 +73,34 @@ class Balancer:
 
     async def run(self) -> None:
         """Look, now and then, and move when it is this node's turn."""
+        pause_s = CHECK_S
         while True:
-            await trio.sleep(CHECK_S)
+            await trio.sleep(pause_s)
             now = trio.current_time()
             self._holding.declines = now < max(self._declines_until, self._stays_until)
-            move = self._rebalancer.check(self._swarm.live(), now)
-            if move is None or self._holding.declines:
-                continue
-            if self._holding.sessions and self._others_can(move):
-                self._declines_until = now + DECLINE_S
-                await self._decline()
-            elif not await self._holding.move((move.start, move.end)):
-                self._stays_until = trio.current_time() + GIVEN_UP_S
-                await self._decline()
+            move = await self._compute.run(partial(self._rebalancer.check, self._swarm.live(), now))
+            pause_s = max(CHECK_S, (trio.current_time() - now) / PLAN_SHARE)
+            if move is not None and not self._holding.declines:
+                await self._follow(move)
+
+    async def _follow(self, move: Move) -> None:
+        """Go, unless there are sessions here and others could."""
+        now = trio.current_time()
+        if self._holding.sessions and await self._others_can(move):
+            self._declines_until = now + DECLINE_S
+            await self._decline()
+        elif not await self._holding.move((move.start, move.end)):
+            self._stays_until = trio.current_time() + GIVEN_UP_S
+            await self._decline()
 
     async def _decline(self) -> None:
         """Announced as pinned, so that the others' plans pass over this node."""
         self._holding.declines = True
         await self._swarm.publish(self._holding.announcement())
 
-    def _others_can(self, move: Move) -> bool:
-        plan = plan_moves(self._swarm.live(), self._swarm.num_blocks, passed={self._own_id})
+    async def _others_can(self, move: Move) -> bool:
+        records, num_blocks = self._swarm.live(), self._swarm.num_blocks
+        plan = await self._compute.run(
+            partial(plan_moves, records, num_blocks, passed={self._own_id})
+        )
         return any(other.urgent >= move.urgent for other in plan)

@@ -31,7 +31,7 @@ class SessionReplacements:
 
     async def find(self, gap: Gap, avoid: Mapping[str, PeerError]) -> Sequence[Hop]:
         """See ``Replacements``. Says what it waits for."""
-        told = ""
+        told: tuple[int, ...] = ()
         until = trio.current_time() + WAIT_FOR_REPLACEMENT_S
         while True:
             try:
@@ -40,14 +40,30 @@ class SessionReplacements:
                     self._learn(hop.peer_id, self.addrs(hop.peer_id))
                 return hops
             except NoRoute as none:
+                if self._forgive(gap, avoid):
+                    continue
                 left = until - trio.current_time()
                 if left <= 0:
                     raise
-                if none.cause != told:
-                    told = none.cause
+                if none.missing != told or not told:
+                    told = none.missing
                     self._report(Waiting(none.cause, left))
             with trio.move_on_after(min(left, LOOK_AGAIN_S)):
                 await self._swarm.wait_changed()
+
+    def _forgive(self, gap: Gap, avoid: Mapping[str, PeerError]) -> bool:
+        """Where nobody else is left, ask those again who failed once and are there, but for those
+        whom this session has just lost; whether there are any."""
+        banned = self._swarm.health.banned(trio.current_time())
+        back = [
+            record.peer_id
+            for record in self._swarm.live()
+            if record.peer_id in banned and record.peer_id not in avoid
+            if record.state == "online" and record.start < gap.last and gap.first < record.end
+        ]
+        for peer_id in back:
+            self._swarm.health.succeeded(peer_id)
+        return bool(back)
 
     def is_slow(self, hop: Hop, took_s: float) -> bool:
         """See ``Replacements``: by what the others are believed to need."""
@@ -70,9 +86,10 @@ class SessionReplacements:
         """See ``Replacements``."""
         self._swarm.observe(hop.peer_id, hop.end - hop.start, took_s)
 
-    def report(self, event: Recovered, hops: Sequence[Hop]) -> None:
+    def report(self, event: Recovered | None, hops: Sequence[Hop]) -> None:
         """See ``Replacements``."""
-        self._report(event)
+        if event is not None:
+            self._report(event)
         self._report(route_event(hops))
 
     def _choose(self, gap: Gap, avoid: Mapping[str, PeerError]) -> tuple[Hop, ...]:

@@ -6,7 +6,7 @@ its budget ends it stops growing, and whoever is one hop further up replays the 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 import torch
@@ -62,6 +62,8 @@ class ReplayLog:
         self.last_seq = max(self.last_seq, step.seq)
         if step.order and step.seq > self.ordered:
             self._reorder(step.order)
+        elif step.as_of > self.ordered:
+            self.drop()  # what there is belongs to an arrangement that is past
         self.ordered = max(self.ordered, step.as_of, step.seq if step.order else 0)
         offset = 0
         for segment in step.segments:
@@ -116,7 +118,7 @@ class ReplayLog:
 
 async def replayed(
     source: Source, replay: Replay, *, chunk: int = MAX_STEP_TOKENS
-) -> AsyncIterator[tuple[Step, torch.Tensor]]:
+) -> AsyncGenerator[tuple[Step, torch.Tensor], None]:
     """The steps that bring a receiver up to date, as far as the source reaches.
 
     First what is committed, row by row in chunks that nobody awaits; then the pending steps, up to

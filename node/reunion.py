@@ -48,4 +48,4 @@ async def _seek(host: Host, swarm: InSwarm, peer_id: str, addrs: tuple[str, ...]
         hello = await ask(host, peer_id, network=swarm.network)
     except (PeerError, SwarmMismatch):
         return  # still away, or it belongs elsewhere now
-    swarm.gossip.absorb(hello.records)
+    await swarm.gossip.absorb_snapshot(hello.records)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -16,21 +17,50 @@ from petalnode.p2p.host import Host, open_host
 from petalnode.p2p.identity import new_identity
 from petalnode.p2p.invite import Invite
 from petalnode.routing.announcement import Announcement, InvalidAnnouncement, check_clock
-from petalnode.routing.chain import choose_chain
+from petalnode.routing.chain import Router
+from petalnode.routing.costs import Knowledge
+from petalnode.routing.explain import explain
 
 PROBE_DEADLINE_S = 3.0
+MAX_PROBES = 32
+"""Under way at the same time."""
+MAX_CONTACTS = 8
+"""Peers that are asked beside those that were named, once they are known."""
 
 
-async def survey_swarm(joins: Sequence[Invite | str], fingerprint: str | None) -> Swarm:
-    """Ask the first contact that answers for its records, and measure the way to each peer.
+class Survey:
+    """Looks at one swarm again and again. Made by ``open_survey``."""
 
-    Raises ``SwarmMismatch`` or ``PeerUnreachable``.
-    """
+    def __init__(self, host: Host, joins: Sequence[Invite | str], fingerprint: str | None) -> None:
+        self._host = host
+        self._joins = list(joins)
+        self._others: list[str] = []
+        self._fingerprint = fingerprint
+
+    async def look(self) -> Swarm:
+        """Ask the first contact that answers for its records, and measure the way to each peer.
+
+        Later looks ask whom the earlier ones found too: the contact may be the one that died.
+        Raises ``SwarmMismatch`` or ``PeerUnreachable``.
+        """
+        joins = [*self._joins, *self._others]
+        hello = await contact_swarm(self._host, joins, network=None, fingerprint=self._fingerprint)
+        self._fingerprint = hello.fingerprint
+        records = sorted(
+            valid_records(hello, time.time()), key=lambda a: (a.start, a.end, a.peer_id)
+        )
+        self._others = [addr for a in records[:MAX_CONTACTS] for addr in a.addrs]
+        rtts = await measure(self._host, records)
+        return describe_swarm(hello.model, hello.blocks, records, rtts)
+
+
+@asynccontextmanager
+async def open_survey(
+    joins: Sequence[Invite | str], fingerprint: str | None
+) -> AsyncIterator[Survey]:
+    """A stranger's view of the swarm that ``joins`` name; ``fingerprint`` None: of any model."""
     async with open_host(new_identity(), listen=()) as host:
-        hello = await contact_swarm(host, joins, network=None, fingerprint=fingerprint)
-        records = list(valid_records(hello, time.time()))
-        rtts = await measure(host, records)
-    return describe_swarm(hello.model, hello.blocks, records, rtts)
+        yield Survey(host, joins, fingerprint)
 
 
 def valid_records(hello: Hello, wall_now: float) -> Iterator[Announcement]:
@@ -49,12 +79,15 @@ async def measure(host: Host, records: Sequence[Announcement]) -> Mapping[str, f
     """Round trips in seconds to the peers that answer in time."""
     rtts: dict[str, float] = {}
 
+    limiter = trio.CapacityLimiter(MAX_PROBES)
+
     async def one(record: Announcement) -> None:
         host.learn(record.peer_id, record.addrs)
-        try:
-            rtts[record.peer_id] = await host.ping(record.peer_id)
-        except PeerError:
-            return  # shown as unmeasured
+        async with limiter:
+            try:
+                rtts[record.peer_id] = await host.ping(record.peer_id)
+            except PeerError:
+                return  # shown as unmeasured
 
     with trio.move_on_after(PROBE_DEADLINE_S):
         async with trio.open_nursery() as nursery:
@@ -67,25 +100,34 @@ def describe_swarm(
     model: str, num_blocks: int, records: Sequence[Announcement], rtts: Mapping[str, float]
 ) -> Swarm:
     """The swarm as seen from here: who a session would use, and why not the others."""
+    router, known = Router(num_blocks), Knowledge(rtts=rtts)
     try:
-        used = {hop.peer_id for hop in choose_chain(records, num_blocks, rtts=rtts)}
-        covered, why = True, "other peers make a shorter chain"
-    except NoRoute as none:
-        used, covered, why = set(), False, none.cause
+        route = router.find(records, known)
+    except NoRoute:
+        route = None
+    uses = explain(router, records, known, route=route)
+    used = {hop.peer_id for hop in route.hops} if route else set()
     return Swarm(
         model=model,
         blocks=num_blocks,
-        covered=covered,
-        peers=[peer_info(a, rtts) for a in records],
-        not_used=[
-            Unused(a.peer_id, why if a.state == "online" else f"it is {a.state}")
-            for a in records
-            if a.peer_id not in used
-        ],
+        covered=route is not None,
+        peers=[peer_info(a, rtts, uses[a.peer_id]) for a in records],
+        not_used=[Unused(a.peer_id, uses[a.peer_id]) for a in records if a.peer_id not in used],
+        copies=copies(records, num_blocks),
     )
 
 
-def peer_info(a: Announcement, rtts: Mapping[str, float]) -> PeerInfo:
+def copies(records: Sequence[Announcement], num_blocks: int) -> list[int]:
+    """How many peers serve each block."""
+    counts = [0] * num_blocks
+    for a in records:
+        if a.state == "online":
+            for block in range(a.start, min(a.end, num_blocks)):
+                counts[block] += 1
+    return counts
+
+
+def peer_info(a: Announcement, rtts: Mapping[str, float], use: str) -> PeerInfo:
     """A peer's record as ``status`` shows it."""
     rtt = rtts.get(a.peer_id)
     return PeerInfo(
@@ -97,4 +139,12 @@ def peer_info(a: Announcement, rtts: Mapping[str, float]) -> PeerInfo:
         throughput=round(a.decode_tps, 3),
         kv_tokens_free=a.kv_tokens_free,
         quant=a.quant,
+        forward=round(a.forward_tps, 3),
+        queue_depth=a.queue_depth,
+        dtype=a.dtype,
+        max_context=a.max_context,
+        adapters=a.adapters,
+        moving_to=a.moving_to,
+        pinned=a.pinned,
+        use=use,
     )

@@ -201,9 +201,10 @@ class Swarm:
         """Stay connected, measure, find out who died. Runs for ever."""
         await self._watch.run()
 
-    async def beat(self, announce: Callable[[], Announcement]) -> None:
-        """Publish what ``announce`` says, again and again. Runs for ever."""
-        await self._announcer.beat(announce)
+    async def beat(self, announce: Callable[[], Announcement], room: Callable[[], int]) -> None:
+        """Publish what ``announce`` says, again and again; ``room`` is for tokens in the attention
+        cache. Runs for ever."""
+        await self._announcer.beat(announce, room)
 
     async def publish(self, announcement: Announcement) -> None:
         """Tell the swarm at once."""
@@ -224,7 +225,9 @@ class Swarm:
         self._wanted = [peer_id for peer_id in self._wanted if peer_id in alive]
         lacking = len(self._wanted) < min(ANNOUNCED_RTTS, len(others))
         if lacking or now - self._chosen_at >= RECHOOSE_S:
-            self._wanted = interesting_peers(said, others, self.rtts(), self._rng)
+            self._wanted = interesting_peers(
+                said, others, self.rtts(), self._rng, limit=ANNOUNCED_RTTS
+            )
             self._chosen_at = now
             self._watch.measure_too(self._wanted)
         return rtts_to_announce(self.rtts(), self._wanted, said.rtts)

@@ -3,7 +3,7 @@
     64 bytes Ed25519 signature | msgpack map of the record
 
 The signature covers a domain tag and the map, and is checked against the key in the id of the peer
-who speaks (``peer_id`` of an announcement, ``accuser`` of a suspicion): an envelope needs no further
+who speaks (``peer_id`` of an announcement, ``accuser`` of a suspicion): an envelope needs no other
 proof, whoever passed it on. Each kind has its own domain, so none passes for the other.
 """
 

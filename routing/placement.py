@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from petalnode.routing.capacity import Board, Record, Seat, Trials, bound, seats
 
-LEVELS = 10
+LEVELS = 40
+"""Steps in which mean compute is compared: what differs by less leaves the choice to seams."""
 WORTH_MOVING = 0.1
 """A change of place must win at least this share of the node's own compute."""
 
@@ -82,7 +83,7 @@ def _ranks(others: Sequence[Seat], num_blocks: int, size: int, rate: float) -> l
         end = start + size
         copies = board.replicas[start:end]
         # Rounded, so that what hardly differs leaves the choice to what comes next.
-        missing = round(trials.with_peer(start, end, rate) / rate, 4)
+        missing = round(trials.with_peer(start, end, rate) / rate, 3)
         meeting = seams[start] + seams[end]
         vector = sorted(weights[start:end])
         level = round(LEVELS * fsum(vector) / size / goal)

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 from petalnode.routing.capacity import Board, Record, Seat, Trials, bound, seats
 from petalnode.routing.placement import WORTH_MOVING
 
-BALANCED = 0.985
+BALANCED = 0.995
 """Share of its optimum at which a swarm is left alone."""
 MAX_MOVING_SHARE = 0.01
 """Share of the peers that may be on the move at once; one always may."""
@@ -39,6 +39,8 @@ CONFIRM_S = 3.0
 CONFIRM_HOLE_S = 1.0
 PATIENCE_S = 30.0
 """How long the others wait for a peer on the list to announce its move."""
+STUCK_S = 600.0
+"""A peer that has been on the move for so long does not hold the others back any more."""
 PASSED_OVER_S = 600.0
 
 
@@ -69,10 +71,11 @@ def plan_moves(
 ) -> tuple[Move, ...]:
     """The moves that should begin now, best first; all nodes with the same view agree on them.
 
-    Peers in ``passed`` are not asked to move. Pinned peers never are.
+    Peers in ``passed`` are not asked to move, and if they move, hold nobody back. Pinned peers are
+    never asked.
     """
     taken = {seat.peer_id: seat for seat in seats(records, num_blocks)}
-    counts = Counter(seat.status for seat in taken.values())
+    counts = Counter(seat.status for seat in taken.values() if seat.peer_id not in passed)
     allowed = min(MAX_MOVES, max(1, int(len(taken) * MAX_MOVING_SHARE))) - counts["moving"]
     if counts["joining"] > 1 + len(taken) * MAX_JOINING_SHARE:
         return ()
@@ -100,17 +103,16 @@ class Rebalancer:
         self._rng = rng
         self._plan = plan
         self._listed: dict[str, float] = {}  # since when each peer has been on the list
+        self._moving: dict[str, float] = {}  # since when each peer has been on the move
         self._passed: dict[str, float] = {}  # until when
         self._wait_s = 0.0
 
     def check(self, records: Iterable[Record], now: float) -> Move | None:
         """The move to make now, if any. ``records`` are everybody's, this node's among them."""
-        self._passed = {peer: until for peer, until in self._passed.items() if until > now}
+        records = list(records)
+        self._pass_over(records, now)
         moves = self._plan(records, self._num_blocks, passed=frozenset(self._passed))
         self._listed = {move.peer_id: self._listed.get(move.peer_id, now) for move in moves}
-        for peer, since in self._listed.items():
-            if peer != self._peer_id and now - since >= PATIENCE_S:
-                self._passed[peer] = now + PASSED_OVER_S
         mine = next((move for move in moves if move.peer_id == self._peer_id), None)
         if mine is None:
             return None
@@ -119,6 +121,16 @@ class Rebalancer:
             base = CONFIRM_HOLE_S if mine.urgent else CONFIRM_S
             self._wait_s = base * self._rng.uniform(1.0, 2.0)
         return mine if now - since >= self._wait_s else None
+
+    def _pass_over(self, records: Iterable[Record], now: float) -> None:
+        """No more waiting for those who are listed and do not move, or move and never arrive."""
+        moving = [a.peer_id for a in records if a.moving_to is not None]
+        self._moving = {peer: self._moving.get(peer, now) for peer in moving}
+        self._passed = {peer: until for peer, until in self._passed.items() if until > now}
+        for waited, limit in ((self._listed, PATIENCE_S), (self._moving, STUCK_S)):
+            for peer, since in waited.items():
+                if peer != self._peer_id and now - since >= limit:
+                    self._passed.setdefault(peer, now + PASSED_OVER_S)
 
     def gave_up(self, now: float) -> None:
         """The node could not drain: it lets others go first."""
@@ -158,7 +170,7 @@ class _Goal:
         return min(self._serving[seat.start : seat.end]) > 1
 
     def moves(self, seat: Seat) -> list[tuple[_Merit, Move]]:
-        """The moves of a peer that can be spared, as far as they are worth their price."""
+        """The moves of a peer that are worth their price."""
         with _lifted(self.board, seat):
             places = _Places(self, seat)
             if not places.promising():
@@ -193,7 +205,11 @@ class _Places:
         loads = seat.size - (last - first)
         if loads == 0:
             return None
-        filled = self._empty[end] - self._empty[start]
+        # Less what only it holds, which is nothing where it can be spared.
+        given_up = self._empty[seat.end] - self._empty[seat.start]
+        filled = self._empty[end] - self._empty[start] - given_up
+        if filled < 0 or (given_up and not filled):
+            return None
         gained = self._copies(start, end) if self._goal.balanced else self._compute(start, end)
         if not filled and gained <= 0:
             return None
@@ -230,12 +246,11 @@ def _best_move(taken: Sequence[Seat], num_blocks: int, passed: Collection[str]) 
     goal = _Goal(taken, num_blocks)
     if goal.balanced and not goal.singles:
         return None
-    able = [
-        seat
-        for seat in taken
-        if seat.status == "still" and seat.peer_id not in passed and goal.can_spare(seat)
-    ]
-    found = [item for seat in _donors(goal, able) for item in goal.moves(seat)]
+    able = [seat for seat in taken if seat.status == "still" and seat.peer_id not in passed]
+    spare = [seat for seat in able if goal.can_spare(seat)]
+    found = [item for seat in _donors(goal, spare) for item in goal.moves(seat)]
+    if goal.holes and not found:  # nothing is served meanwhile, so nobody is indispensable
+        found = [item for seat in _donors(goal, able) for item in goal.moves(seat)]
     best = max(found, key=lambda item: item[0], default=None)  # the first of equals
     return best[1] if best else None
 

@@ -75,6 +75,7 @@ def _run(verb: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=DTYPES, help="of weights and computation")
     add("--quant", default="none", choices=QUANTS, help=QUANT_HELP)
     add("--kv-tokens", type=positive, metavar="N", help="tokens of attention cache to offer")
+    add("--replay-log-tokens", type=positive, metavar="N", help=REPLAY_LOG_HELP)
     add("--host", default="0.0.0.0", help="listening address (default: all interfaces)")
     add("--port", type=port, default=0, help="listening port (default 0: any free one)")
     add("--announce", action="append", default=[], metavar="MULTIADDR", help=ANNOUNCE_HELP)
@@ -96,7 +97,7 @@ def _generate(verb: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from this mass; 1: all")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default 1: none")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--num-beams", type=positive, default=1, metavar="N", help="not built yet")
+    add("--num-beams", type=positive, default=1, metavar="N", help="beam search; 1: none")
     add("--adapter", action="append", default=[], metavar="ID", help="not built yet")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeats")
     add("--dtype", default="auto", choices=DTYPES, help="of embeddings and head")
@@ -120,9 +121,13 @@ def _add_checkpoint(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cache-dir", metavar="DIR", help="where downloads go (default: HF_HOME)")
 
 
-UNBUILT: Mapping[str, Any] = {"adapter": [], "api_port": None, "num_beams": 1}
+UNBUILT: Mapping[str, Any] = {"adapter": [], "api_port": None}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTS = ("none", "int8", "nf4")
+REPLAY_LOG_HELP = (
+    "hidden states of sent tokens to remember, so that a session survives the loss of the next "
+    "node (default: as many as --kv-tokens, at most 65536)"
+)
 QUANT_HELP = "of weights: int8 and nf4 take a quarter and an eighth of float32 (default none)"
 ANNOUNCE_HELP = "an address that others should dial, if this machine cannot see it; repeats"
 

@@ -1,4 +1,7 @@
-"""``petalnode demo``: three nodes as processes on this machine, and one prompt through them."""
+"""``petalnode demo``: nodes as processes on this machine, and one prompt through them.
+
+In mid-sentence the node that serves the middle is killed; another one holds its blocks, too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +26,17 @@ from petalnode.cli.generate import generate
 from petalnode.cli.output import note, print_human, reporter
 from petalnode.cli.swarm_table import short
 from petalnode.errors import PetalnodeError
-from petalnode.events import Event, Report, Route
+from petalnode.events import Event, Report, Route, TokenEvent
 from petalnode.models.checkpoint import open_checkpoint
 from petalnode.nurseries import plain_errors
 
-SPANS = ("0:3", "3:6", "6:8")
+SPANS = ("0:3", "3:6", "3:6", "6:8")
 PROMPT = "def read_file(path):\n    "
 # So small a model repeats itself when greedy; with a seed the text is the same each time.
 SAMPLING = "--temperature 0.7 --top-p 0.95 --repetition-penalty 1.05 --seed 6"
 NEW_TOKENS = "94"
+KILL_AFTER_TOKENS = 40
+KILLED_HOP = 1
 START_DEADLINE_S = 25.0
 STOP_DEADLINE_S = 4.0
 
@@ -40,7 +46,7 @@ Say = Callable[[str], None]
 def main(arguments: Namespace) -> int:
     """Run the demo; it ends by itself."""
     for name in [name for name in os.environ if name.startswith("PETALNODE_")]:
-        del os.environ[name]  # they are meant for one node, not for all three of these
+        del os.environ[name]  # they are meant for one node, not for all of these
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the nodes on it, too
     trio.run(demo, arguments)
     return 0
@@ -48,19 +54,19 @@ def main(arguments: Namespace) -> int:
 
 async def demo(arguments: Namespace) -> None:
     """Start the nodes, generate, stop the nodes."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # four processes share this machine
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # five processes share this machine
     say: Say = silence if arguments.json else note
     prompt = arguments.prompt or PROMPT
     checkpoint = open_checkpoint("demo")
     with tempfile.TemporaryDirectory(prefix="petalnode-demo-") as folder:
         say(f"starting {len(SPANS)} nodes on this machine, each with a part of the model:")
-        async with open_processes(Path(folder), say) as invite:
-            verb = ["generate", "--join", invite, *SAMPLING.split()]
+        async with open_processes(Path(folder), say) as nodes:
+            verb = ["generate", "--join", nodes[0].invite, *SAMPLING.split()]
             verb += ["--max-new-tokens", NEW_TOKENS, "--", "demo", prompt]
             wanted = parse_arguments(verb)
             say("asking them to go on from a prompt:")
             report = reporter(True) if arguments.json else after_route(prompt)
-            await generate(checkpoint, wanted, report)
+            await generate(checkpoint, wanted, killing(nodes, say, report))
         say("the nodes have stopped. Next: petalnode run MODEL, petalnode generate MODEL PROMPT")
 
 
@@ -70,13 +76,34 @@ def silence(text: str) -> None:
 
 def after_route(prompt: str) -> Report:
     """Reports for a person, with the prompt shown in front of the text."""
+    routes = count()
 
     def report(event: Event) -> None:
-        print_human(event)
-        if isinstance(event, Route):
+        if not isinstance(event, Route):
+            print_human(event)
+        elif next(routes) == 0:  # what a later one is for, has been said
+            print_human(event)
             print(f"\n{prompt}", end="", flush=True)
 
     return report
+
+
+def killing(nodes: list[ServingProcess], say: Say, report: Report) -> Report:
+    """``report``, and in mid-sentence a node that serves the text is killed."""
+    serving: list[str] = []
+    tokens = count(1)
+
+    def report_and_kill(event: Event) -> None:
+        report(event)
+        if isinstance(event, Route):
+            serving[:] = [hop.peer_id for hop in event.hops]
+        elif isinstance(event, TokenEvent) and next(tokens) == KILL_AFTER_TOKENS:
+            for node in nodes:
+                if node.peer_id in serving[KILLED_HOP : KILLED_HOP + 1]:
+                    say(f"\n  [killing {short(node.peer_id)} now]")
+                    node.process.kill()
+
+    return report_and_kill
 
 
 @dataclass
@@ -85,6 +112,7 @@ class ServingProcess:
 
     process: trio.Process
     invite: str = ""
+    peer_id: str = ""
     listening: trio.Event = field(default_factory=trio.Event)
     ready: trio.Event = field(default_factory=trio.Event)
 
@@ -104,7 +132,7 @@ class ServingProcess:
 
     def _take(self, event: dict[str, Any], say: Say) -> None:
         if event["event"] == "listening":
-            self.invite = event["invite"]
+            self.invite, self.peer_id = event["invite"], event["peer_id"]
             self.listening.set()
         elif event["event"] == "ready":
             first, end = event["blocks"]
@@ -113,8 +141,8 @@ class ServingProcess:
 
 
 @asynccontextmanager
-async def open_processes(folder: Path, say: Say) -> AsyncIterator[str]:
-    """The serving processes; the value is an invite. They are stopped on leaving."""
+async def open_processes(folder: Path, say: Say) -> AsyncIterator[list[ServingProcess]]:
+    """The serving processes, all ready. They are stopped on leaving."""
     nodes: list[ServingProcess] = []
     with plain_errors():
         async with trio.open_nursery() as nursery:
@@ -126,7 +154,7 @@ async def open_processes(folder: Path, say: Say) -> AsyncIterator[str]:
                         f"The nodes were not ready within {START_DEADLINE_S:.0f} s.",
                         "This machine may be busy: try again.",
                     )
-                yield nodes[0].invite
+                yield nodes
             finally:
                 with trio.CancelScope(shield=True):
                     await stop_all(nodes)

@@ -57,7 +57,10 @@ def check_text(prompt: str) -> None:
 
 
 async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report) -> None:
-    """Join as a client, generate, and report every token."""
+    """Join as a client, generate, and report every token.
+
+    A beam search reports tokens when all beams agree on them, the last ones at its end.
+    """
     from petalnode.models.sampling import SamplingConfig
     from petalnode.node import NodeOptions, open_node
     from petalnode.session.session import GenerateOptions
@@ -72,11 +75,12 @@ async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report)
             seed=arguments.seed,
         ),
         stop=tuple(arguments.stop),
+        num_beams=arguments.num_beams,
     )
     node_options = NodeOptions(join=tuple(arguments.join), dtype=arguments.dtype)
     async with (
         open_node(checkpoint, node_options, report) as node,
-        node.open_session(report) as session,
+        node.open_session(report, rows=options.num_beams) as session,
     ):
         generation = session.generate(arguments.prompt, options)
         async for token in generation:

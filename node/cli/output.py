@@ -138,6 +138,11 @@ def _hop(hop: events.HopInfo) -> str:
     return f"{short(hop.peer_id)} ({span(hop.blocks)}{rtt})"
 
 
+def _recovered(event: events.Recovered) -> None:
+    lost = ", ".join(map(short, event.lost)) or "a hop"
+    note(f"\n  [lost {lost}; others took over in {event.stall_ms:.0f} ms, the text goes on]")
+
+
 def _token(event: events.TokenEvent) -> None:
     print(event.text, end="", flush=True)
 
@@ -165,6 +170,7 @@ SENTENCES: dict[type[Event], Callable[..., None]] = {
     events.Stopped: _stopped,
     events.Waiting: _waiting,
     events.Route: _route,
+    events.Recovered: _recovered,
     events.TokenEvent: _token,
     events.Done: _done,
     events.Swarm: _swarm,

@@ -43,6 +43,7 @@ async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) ->
         dtype=arguments.dtype,
         quant=arguments.quant,
         kv_tokens=arguments.kv_tokens,
+        replay_log_tokens=arguments.replay_log_tokens,
         host=arguments.host,
         port=arguments.port,
         announce=tuple(arguments.announce),

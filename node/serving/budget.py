@@ -17,6 +17,11 @@ class KvBudget:
         """Tokens over the whole span that still fit."""
         return max(0, self._capacity - self._used) // self._blocks
 
+    @property
+    def used(self) -> int:
+        """Block tokens that are held now."""
+        return self._used
+
     def resize(self, held: int, wanted: int) -> bool:
         """Change a row set's holding from ``held`` to ``wanted`` block tokens, if it fits."""
         if wanted > held and self._used + wanted - held > self._capacity:

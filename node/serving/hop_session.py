@@ -37,7 +37,7 @@ from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.rows import Refusal, SessionRows
 
-LINK_DEADLINE_S = 10.0
+LINK_DEADLINE_S = 4.0
 """For dialling the next hop and having it accept the feed."""
 MAX_LINKS_AT_ONCE = 4
 MAX_FEEDS = 4
@@ -119,8 +119,8 @@ class HopSession:
             elif kind == "expect":
                 await self._expect(text(frame.header.get("peer")), frame.header.get("also") is True)
             elif kind == "where":
-                seen, sent = self._seen, self._log.last_seq
-                await self._control.send({"type": "at", "seen": seen, "sent": sent})
+                at = {"seen": self._seen, "sent": self._log.last_seq, "done": self._engine.tokens}
+                await self._control.send({"type": "at", **at})
             elif kind == "reach":
                 lengths = wholes(frame.header.get("lengths"), MAX_ROWS, MAX_POSITION)
                 nursery.start_soon(self._reach, lengths)

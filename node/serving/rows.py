@@ -37,13 +37,15 @@ class SessionRows:
         self._check_order(step)
         order = step.order if step.seq > self._ordered else ()
         caches = {row: self._caches[s] for row, s in enumerate(order) if s in self._caches}
-        if not order:
-            caches = dict(self._caches)
+        if not order and (step.seq or step.as_of == self._ordered):
+            caches = dict(self._caches)  # else what there is belongs to an arrangement that is past
         for segment in step.segments:
             self._check(segment, caches.get(segment.row))
         self._reserve(step, caches)
         if order:
             self._rearrange(order)
+        else:
+            self._caches = caches
         self._ordered = max(self._ordered, step.as_of, step.seq if step.order else 0)
         return [RowWork(self._row(s.row), s.position, s.n) for s in step.segments]
 
@@ -67,9 +69,10 @@ class SessionRows:
         self._held = 0
 
     def _check_order(self, step: Step) -> None:
-        """A replay of part of a row must be of the same arrangement as the rest."""
+        """A replay is of the arrangement that the rows have; a whole one may be of a later one."""
         partial = any(segment.position for segment in step.segments)
-        if step.seq == 0 and partial and step.as_of != self._ordered:
+        later = step.as_of > self._ordered
+        if step.seq == 0 and (partial or not later) and step.as_of != self._ordered:
             raise Refusal("gap", "the rows were rearranged since")
 
     def _check(self, segment: Segment, cache: RowCache | None) -> None:

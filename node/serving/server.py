@@ -49,6 +49,11 @@ class HopServer:
         """Open sessions."""
         return len(self._sessions)
 
+    @property
+    def log_tokens(self) -> int:
+        """Hidden states that the replay logs of all sessions hold now."""
+        return self._log_budget.used
+
     async def drain(self) -> None:
         """Take no new sessions, and tell the clients of those here to move."""
         self.draining = True

@@ -21,7 +21,7 @@ from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.hop_session import Connect
 from petalnode.serving.memory_plan import FreeMemory
-from petalnode.serving.server import HopServer
+from petalnode.serving.server import DEFAULT_LOG_TOKENS, HopServer
 
 KV_SHARE = 0.5
 """Of what is free after loading, for attention caches when ``--kv-tokens`` is not given."""
@@ -87,6 +87,7 @@ async def load_service(
     device: torch.device,
     quant: str,
     kv_tokens: int | None,
+    replay_log_tokens: int | None,
     compute: Compute,
     connect: Connect,
     measure: Measure,
@@ -95,6 +96,7 @@ async def load_service(
 ) -> SpanService:
     """Load the blocks, measure them, and put engine and server around them.
 
+    Replay logs keep ``replay_log_tokens`` hidden states, by default as many as ``kv_tokens``.
     Blocks that ``keep`` holds, a span loaded here before, are taken from there. Raises
     ``ModelError`` or ``UsageError``. Loading runs in the worker thread.
     """
@@ -111,7 +113,13 @@ async def load_service(
     tokens = kv_tokens or default_kv_tokens(span)
     budget = KvBudget(tokens, span.end - span.start)
     engine = SpanEngine(span, compute)
-    server = HopServer(engine, budget, fingerprint=checkpoint.fingerprint, connect=connect)
+    server = HopServer(
+        engine,
+        budget,
+        fingerprint=checkpoint.fingerprint,
+        connect=connect,
+        log_budget=KvBudget(replay_log_tokens or min(tokens, DEFAULT_LOG_TOKENS), 1),
+    )
     return SpanService(span, engine, server, budget, throughput)
 
 

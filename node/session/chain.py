@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from random import Random, SystemRandom
 
 import torch
 import trio
@@ -35,8 +36,9 @@ from petalnode.serving.budget import KvBudget
 from petalnode.session.line import Line, Opener, link_key, misbehaved, words
 from petalnode.session.recovery import Mender, Replacements
 
-PATIENCE_S = 4.0
-"""Without any output for so long, or ``PATIENCE_STEPS`` usual steps, the hops are asked."""
+PATIENCE_S = 2.0
+"""Without any output for so long, or ``PATIENCE_STEPS`` usual steps, the hops are asked; each time
+that this found a step to send again, for twice as long as before: it may be on its way."""
 PATIENCE_STEPS = 6.0
 RELAY_LOG_TOKENS = 1 << 20
 """Hidden states that a client without token ids, or one that relays, remembers."""
@@ -113,14 +115,17 @@ class Chain:
         """The steps whose outputs are still awaited, in order."""
         return tuple(a.step for a in self._awaited.values() if a.hidden is None)
 
-    def is_pending(self, seq: int) -> bool:
-        """Whether a step's output is still awaited."""
-        return seq in self._awaited and self._awaited[seq].hidden is None
+    def is_wanted(self, seq: int) -> bool:
+        """Whether a step was not given up. One that came out goes where a replay is without it."""
+        return seq in self._awaited
 
     def replay(self, held: Sequence[int] | None) -> Replay:
         """What a receiver needs that has so much of each row (None: all) already."""
         start = self.committed if held is None else map(min, held, self.committed)
-        return Replay(tuple(start), tuple(self.committed), self.pending())
+        pending = self.pending()
+        if any(step.order for step in pending):  # who has gone through it, nobody knows
+            start = [0] * self.rows
+        return Replay(tuple(start), tuple(self.committed), pending)
 
     def start_line(self, line: Line) -> None:
         """Read what a new hop says, to its end."""
@@ -164,15 +169,17 @@ class Chain:
 
     async def _arrival(self, awaited: _Awaited) -> torch.Tensor:
         started = trio.current_time()
+        patience_s = max(PATIENCE_S, PATIENCE_STEPS * self._usual_s)
         while awaited.hidden is None:
             await self._mender.mend()
             if awaited.hidden is not None:
                 break
-            patience = max(PATIENCE_S, PATIENCE_STEPS * self._usual_s)
-            with trio.move_on_after(patience) as scope:
+            with trio.move_on_after(patience_s) as scope:
                 await self._news.wait()
-            if scope.cancelled_caught:
-                await self._mender.find_stuck(awaited.step.seq)
+            if scope.cancelled_caught and await self._mender.stuck.look(
+                awaited.step, self._usual_s
+            ):
+                patience_s *= 2
         self._mender.look_for_slow()
         self._usual_s += (trio.current_time() - started - self._usual_s) / 8
         return awaited.hidden
@@ -251,7 +258,8 @@ class Chain:
 class ChainSetup:
     """What a chain is made of. ``source`` gives its inputs again; by default they are kept.
 
-    ``client`` is our own peer id. Without ``replacements`` a hop that is lost ends the chain.
+    ``client`` is our own peer id; session ids come from ``rng``. Without ``replacements`` a hop
+    that is lost ends the chain.
     """
 
     opener: Opener
@@ -262,6 +270,7 @@ class ChainSetup:
     addrs: Mapping[str, tuple[str, ...]] | None = None
     source: Source | None = None
     replacements: Replacements | None = None
+    rng: Random = field(default_factory=SystemRandom)
 
 
 def relay_budget() -> KvBudget:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
 from typing import Any, Protocol
 
 import trio
@@ -25,11 +26,13 @@ from petalnode.routing.chain import Hop
 
 OPEN_HOP_DEADLINE_S = 8.0
 """For one hop to accept a session; it alone is to blame otherwise."""
-ANSWER_DEADLINE_S = 8.0
-"""For a hop to answer what costs it nothing."""
+ANSWER_DEADLINE_S = 4.0
+"""For a hop to answer what costs it nothing: with ``chain.PATIENCE_S`` before it no more than the
+silence that a connection is allowed (``p2p.yamux``)."""
 LINK_ANSWER_DEADLINE_S = 120.0
 """For a hop to reach its next and replay what that lacks; a hop that is gone is noticed sooner."""
 MAX_LINE_ROWS = 1 << 24
+MAX_COUNT = 1 << 53
 
 
 class Opener(Protocol):
@@ -37,6 +40,15 @@ class Opener(Protocol):
 
     async def open_stream(self, peer_id: str, protocol: str) -> FrameStream:
         """A new stream to ``peer_id``."""
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """The last step that came to a hop, the last that went on, and tokens computed for anybody."""
+
+    seen: int
+    sent: int
+    done: int
 
 
 class LinkFailed(Exception):
@@ -107,11 +119,11 @@ class Line:
             raise misbehaved(self.peer_id, "it says nothing of some rows")
         return logged
 
-    async def where(self) -> tuple[int, int]:
-        """The last step that came to the hop, and the last that went on."""
+    async def where(self) -> Whereabouts:
+        """How far the session's steps are at the hop, and whether it gets anywhere."""
         answer = await self._ask({"type": "where"}, "at", ANSWER_DEADLINE_S)
-        seen, sent = wholes([answer.get("seen"), answer.get("sent")], 2, 1 << 48)
-        return seen, sent
+        numbers = [answer.get("seen"), answer.get("sent"), answer.get("done", 0)]
+        return Whereabouts(*wholes(numbers, 3, MAX_COUNT))
 
     async def reach(self, lengths: tuple[int, ...], deadline_s: float) -> None:
         """Wait until the hop's rows are so long."""
@@ -171,10 +183,10 @@ class Line:
 
 
 async def open_line(
-    opener: Opener, hop: Hop, fingerprint: str, rows: int, sender: str, client: str
+    opener: Opener, hop: Hop, fingerprint: str, rows: int, sender: str, client: str, rng: Random
 ) -> Line:
     """Open a session on one hop. Raises ``PeerError`` that names it."""
-    session = secrets.token_bytes(SESSION_ID_BYTES)
+    session = rng.randbytes(SESSION_ID_BYTES)
     opened = Open(
         session, fingerprint, hop.start, hop.end, rows, None if sender == client else sender
     )
@@ -229,3 +241,7 @@ def misbehaved(peer_id: str, what: str) -> PeerMisbehaved:
 
 def silent(peer_id: str, seconds: float) -> PeerGone:
     return PeerGone(f"Peer {peer_id} said nothing for {seconds:.0f} s.", peer_id=peer_id)
+
+
+def stuck(peer_id: str, seconds: float) -> PeerGone:
+    return PeerGone(f"Peer {peer_id} computed nothing for {seconds:.0f} s.", peer_id=peer_id)

@@ -55,7 +55,8 @@ class Moves:
         new = await self._mender.open_lines(hops, sender)
         self.standing_by += new
         try:
-            await self._catch_up(line, new, before)
+            if chain.rows == 1:  # several do not hold still: they are replayed between two steps
+                await self._catch_up(line, new, before)
             async with chain.stepping:
                 switched = await self._switch(line, new, before)
         finally:
@@ -80,26 +81,32 @@ class Moves:
             await chain.lines[index + 1].expect_also(new[-1].peer_id)
         for _ in range(MAX_ROUNDS):
             reached = tuple(chain.committed)
-            await self._replay(new[0], before)
+            if not await self._replay(new[0], before):
+                return  # the log is too short: what is lacking comes with the switch
             await new[-1].reach(reached, CATCH_UP_DEADLINE_S)
             for one in new:
                 one.held = [*map(min, reached, chain.committed)]
             if max(map(int.__sub__, chain.committed, reached)) <= CLOSE_TOKENS:
                 return
 
-    async def _replay(self, first: Line, before: Line | None) -> None:
-        """Have the sender of the hop that is left replay to the first of those that stand by."""
+    async def _replay(self, first: Line, before: Line | None) -> bool:
+        """Have the sender of the hop that is left replay to the first of those that stand by.
+
+        Returns whether it has everything.
+        """
         chain = self._chain
         committed = chain.replay(first.held)
         outlet = chain.head if before is None else before.through
         if outlet is None:
             assert before is not None
-            await before.link(self._mender.to(first, committed, spare=True))
-            return
+            logged = await before.link(self._mender.to(first, committed, spare=True))
+            return all(map(int.__ge__, logged, committed.committed))
         if first.expects != chain.setup.client:
             await first.expect(chain.setup.client)
         stream = await open_feed(self._mender.dial, first.peer_id, (), first.session)
         await outlet.bring_up(partial(self._mender.deliver, stream), committed)
+        lengths = map(outlet.source.length, range(chain.rows))
+        return all(map(int.__ge__, lengths, committed.committed))
 
     async def _switch(self, line: Line, new: list[Line], before: Line | None) -> bool:
         """Put the new hops in the place of the old one, if the chain is still what it was."""
@@ -109,5 +116,5 @@ class Moves:
         index = chain.lines.index(line)
         chain.lines[index : index + 1] = new
         line.control.reset()
-        await self._mender.mend()
+        await self._mender.mend(moved=True)
         return True

@@ -25,16 +25,15 @@ from petalnode.p2p.frames import FrameStream
 from petalnode.protocol import Link, Replay, Step
 from petalnode.routing.chain import Gap, Hop
 from petalnode.serving.hop_session import open_feed, send_step
-from petalnode.session.line import Line, LinkFailed, open_line, silent
+from petalnode.session.line import Line, LinkFailed, open_line
 from petalnode.session.moves import Moves
+from petalnode.session.stuck import StuckSteps
 
 if TYPE_CHECKING:
     from petalnode.session.chain import Chain
 
 MEND_DEADLINE_S = 120.0
 """For a chain to be whole again; waiting for a node that holds the blocks counts."""
-STUCK_DEADLINE_S = 120.0
-"""For one hop to compute one step."""
 MAX_ATTEMPTS = 64
 LOOK_S = 2.0
 """How often a chain looks for a slow hop."""
@@ -67,8 +66,8 @@ class Replacements(Protocol):
     def blame(self, error: PeerError) -> None:
         """A peer failed, or refused, as the error says."""
 
-    def report(self, event: Recovered, hops: Sequence[Hop]) -> None:
-        """The chain is whole again, over these hops."""
+    def report(self, event: Recovered | None, hops: Sequence[Hop]) -> None:
+        """The chain is whole again, over these hops; None where nothing was lost: it moved."""
 
 
 class Mender:
@@ -77,7 +76,7 @@ class Mender:
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
         self._avoid: dict[str, tuple[float, PeerError]] = {}
-        self._stuck_since: float | None = None
+        self.stuck = StuckSteps(chain)
         self._look_at = 0.0
         self._moves = Moves(chain, self)
 
@@ -94,8 +93,8 @@ class Mender:
             raise PeerGone(f"The chain did not open in {OPEN_DEADLINE_S:.0f} s.")
         self._raise_lost()
 
-    async def mend(self) -> None:
-        """Make the chain whole if it is not. Raises why that cannot be."""
+    async def mend(self, *, moved: bool = False) -> None:
+        """Make the chain whole if it is not, or is not yet after a move. Raises why it cannot."""
         if self._is_whole():
             return
         if self._chain.setup.replacements is None:
@@ -105,8 +104,11 @@ class Mender:
         for error in lost.values():
             self._give_up(error)
         await self._mend_in_time(lost)
-        self._stuck_since = None
-        self._report(lost, started, self._replayed_tokens() - replayed)
+        self.stuck.forget()
+        if moved and not lost:
+            self._report_hops(None)
+        else:
+            self._report(lost, started, self._replayed_tokens() - replayed)
 
     async def _mend_in_time(self, lost: dict[str, PeerError]) -> None:
         with trio.move_on_after(MEND_DEADLINE_S):
@@ -175,6 +177,7 @@ class Mender:
                 setup.rows,
                 senders[index],
                 setup.client,
+                setup.rng,
             )
 
         try:
@@ -258,14 +261,18 @@ class Mender:
 
     async def _extend(self, index: int, replay: Replay, logged: tuple[int, ...]) -> None:
         """Where the log of hop ``index`` was too short for its receiver, replay through it."""
+        chain = self._chain
         lacking = tuple(
             max(start, have) if have < committed and start < committed else committed
             for start, have, committed in zip(replay.start, logged, replay.committed, strict=True)
         )
-        if lacking == replay.committed:
-            return
-        chain = self._chain
-        again = Replay(lacking, replay.committed, chain.pending())
+        short = any(map(int.__lt__, logged, replay.committed))
+        if lacking == replay.committed and not (short and chain.pending()):
+            return  # a log that is too short has not kept what is under way either
+        if chain.rows > 1:  # all rows, so that no hop mixes two arrangements of them
+            lacking = (0,) * chain.rows
+        # As it is now: a step that was pending may have come out meanwhile.
+        again = chain.replay(lacking)
         line = chain.lines[index]
         outlet = chain.head if index == 0 else chain.lines[index - 1].through
         if outlet is not None:
@@ -282,38 +289,6 @@ class Mender:
         stream = await open_feed(self.dial, line.peer_id, (), line.session)
         line.outlet = outlet
         await outlet.attach(partial(self.deliver, stream), replay, stream)
-
-    async def find_stuck(self, seq: int) -> None:
-        """No output for long: ask every hop what came and went, and see where the step is."""
-        places: dict[Line, tuple[int, int]] = {}
-
-        async def ask(line: Line) -> None:
-            try:
-                places[line] = await line.where()
-            except PeerError as error:
-                self._chain.lose(line, error)
-
-        async with trio.open_nursery() as nursery:
-            for line in self._chain.lines:
-                nursery.start_soon(ask, line)
-        for line in self._chain.lines:
-            if line.lost is not None or line not in places:
-                return
-            seen, sent = places[line]
-            if seen < seq:
-                line.feeder = None  # the step was lost on its way here
-                return
-            if sent < seq:
-                self._wait_for(line)
-                return
-
-    def _wait_for(self, line: Line) -> None:
-        """A hop computes long; too long, and it is given up."""
-        now = trio.current_time()
-        if self._stuck_since is None:
-            self._stuck_since = now
-        elif now - self._stuck_since > STUCK_DEADLINE_S:
-            self._chain.lose(line, silent(line.peer_id, STUCK_DEADLINE_S))
 
     def lost_next(self, line: Line, session: bytes, why: str) -> None:
         """A hop says that it lost its next one. Whether that one is dead, its own stream tells."""
@@ -364,7 +339,7 @@ class Mender:
                 )
 
     async def deliver(self, stream: FrameStream, step: Step, hidden: torch.Tensor) -> None:
-        if step.seq == 0 or self._chain.is_pending(step.seq):
+        if step.seq == 0 or self._chain.is_wanted(step.seq):
             await send_step(stream, step, hidden)
 
     async def dial(self, peer: str, addrs: tuple[str, ...], protocol: str) -> FrameStream:
@@ -415,10 +390,11 @@ class Mender:
         return sum(outlet.replayed_tokens for outlet in outlets)
 
     def _report(self, lost: Mapping[str, PeerError], started: float, tokens: int) -> None:
-        replacements = self._chain.setup.replacements
-        if replacements is None:
-            return
         position = max(self._chain.committed)
         stall_ms = (trio.current_time() - started) * 1000
         event = Recovered(position, [peer for peer in lost if peer], stall_ms, tokens)
-        replacements.report(event, self._chain.hops)
+        self._report_hops(event)
+
+    def _report_hops(self, event: Recovered | None) -> None:
+        if self._chain.setup.replacements is not None:
+            self._chain.setup.replacements.report(event, self._chain.hops)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from threading import Timer
 
@@ -109,29 +110,31 @@ def test_greedy_text_of_a_real_swarm_equals_transformers(swarm, environment):
     assert done["ttft_ms"] > 0
 
 
-def test_a_late_node_is_used_and_one_that_says_goodbye_is_not(swarm, environment):
-    by_multiaddr = ["--join", swarm["addrs"][0], "--name", "late"]
-    with serving(environment, "--blocks", "0:8", *by_multiaddr) as late:
-        peer_id = late.wait_for("ready")["peer_id"]
-        route = generate(environment, swarm["invite"], "--max-new-tokens", "3")[0]
-        assert [hop["peer_id"] for hop in route["hops"]] == [peer_id]
+def status_of(environment, invite):
+    """The one object of ``petalnode status --json``."""
+    verb = command("status", "demo", "--json", "--join", invite)
+    done = subprocess.run(verb, capture_output=True, env=environment, text=True, timeout=DEADLINE_S)
+    (seen,) = [json.loads(line) for line in done.stdout.splitlines()]
+    return seen
 
-        status = subprocess.run(
-            command("status", "demo", "--json", "--join", swarm["invite"]),
-            capture_output=True,
-            env=environment,
-            text=True,
-            timeout=DEADLINE_S,
-        )
-        (seen,) = [json.loads(line) for line in status.stdout.splitlines()]
-        assert seen["event"] == "swarm"
-        assert (seen["blocks"], seen["covered"], len(seen["peers"])) == (8, True, 3)
-        assert {peer["name"] for peer in seen["peers"]} == {"", "late"}
-        assert len(seen["not_used"]) == 2
 
-        assert late.stop() == (["draining", "stopped"], 0)
-    route = generate(environment, swarm["invite"], "--max-new-tokens", "3")[0]
-    assert [hop["blocks"] for hop in route["hops"]] == [[0, 4], [4, 8]]
+def test_a_late_node_is_used_and_one_that_says_goodbye_is_gone(environment):
+    with serving(environment, "--blocks", "0:4") as founder:
+        listening = founder.wait_for("listening")
+        by_multiaddr = ["--join", listening["addrs"][0], "--name", "late"]
+        with serving(environment, "--blocks", "4:8", *by_multiaddr) as late:
+            peers = [node.wait_for("ready")["peer_id"] for node in (founder, late)]
+            route = generate(environment, listening["invite"], "--max-new-tokens", "3")[0]
+            assert [hop["peer_id"] for hop in route["hops"]] == peers
+
+            seen = status_of(environment, listening["invite"])
+            assert seen["event"] == "swarm"
+            assert (seen["blocks"], seen["covered"], seen["not_used"]) == (8, True, [])
+            assert {peer["name"] for peer in seen["peers"]} == {"", "late"}
+
+            assert late.stop() == (["draining", "stopped"], 0)
+        seen = status_of(environment, listening["invite"])
+    assert (seen["covered"], [peer["peer_id"] for peer in seen["peers"]]) == (False, peers[:1])
 
 
 def test_sampling_with_a_seed_repeats(swarm, environment):
@@ -188,19 +191,31 @@ def test_a_hop_killed_in_mid_text_changes_nothing(environment):
     assert events[-1]["tokens"] == local_tokens(new)
 
 
-def test_the_demo_ends_by_itself(environment):
+def test_the_demo_ends_by_itself(swarm, environment):
+    """It kills a node in mid-sentence; the text is the one that an undisturbed swarm gives."""
+    from petalnode.cli.demo import KILL_AFTER_TOKENS, NEW_TOKENS, SAMPLING
+
+    started = time.monotonic()
     done = subprocess.run(
-        command("demo", "--json"),
+        command("demo", "--json", "--prompt", PROMPT),
         capture_output=True,
         env=environment | {"PETALNODE_PORT": "1"},
         text=True,
         timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 30
     events = [json.loads(line) for line in done.stdout.splitlines()]
+    kinds = [event["event"] for event in events]
     assert [hop["blocks"] for hop in events[0]["hops"]] == [[0, 3], [3, 6], [6, 8]]
-    assert events[-1]["event"] == "done"
-    assert len(events[-1]["tokens"]) == len(events) - 2
+    killed = events[0]["hops"][1]["peer_id"]
+    recovered = events[kinds.index("recovered")]
+    assert recovered["lost"] == [killed]
+    assert kinds[1 : KILL_AFTER_TOKENS + 1] == ["token"] * KILL_AFTER_TOKENS
+    flags = [*SAMPLING.split(), "--max-new-tokens", NEW_TOKENS]
+    undisturbed = generate(environment, swarm["invite"], *flags)[-1]
+    assert (events[-1]["event"], events[-1]["text"]) == ("done", undisturbed["text"])
+    assert len(undisturbed["tokens"]) > KILL_AFTER_TOKENS
 
 
 async def test_a_stopped_process_is_noticed(environment):

@@ -123,5 +123,12 @@ def test_what_is_not_built_yet_says_so(capsys, flags):
     assert "not built yet" in fails(capsys, "run", "demo", *flags)
 
 
-def test_beams_are_not_built_yet(capsys):
-    assert "not built yet" in fails(capsys, "generate", "demo", "hello", "--num-beams", "4")
+def test_adapters_of_a_generation_are_not_built_yet(capsys):
+    assert "not built yet" in fails(capsys, "generate", "demo", "hello", "--adapter", "a")
+
+
+@pytest.mark.parametrize("flags", [["65"], ["2", "--temperature", "1"], ["2", "--stop", "x"]])
+def test_beams_that_cannot_be_are_refused_before_joining(capsys, flags):
+    peer = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo"
+    beams = ["--join", peer, "--num-beams", *flags]
+    assert "eam" in fails(capsys, "generate", "demo", "hello", *beams)

@@ -116,11 +116,14 @@ class MemorySwarm:
 
     @asynccontextmanager
     async def session(
-        self, *hops: tuple[str, int, int], replacements: Replacements | None = None
+        self,
+        *hops: tuple[str, int, int],
+        rows: int = 1,
+        replacements: Replacements | None = None,
     ) -> AsyncIterator[Session]:
         """A session over a chain of such hops."""
-        source = IdsSource(self.client, self.compute)
-        async with self.chain(*hops, source=source, replacements=replacements) as chain:
+        source = IdsSource(self.client, self.compute, rows)
+        async with self.chain(*hops, rows=rows, source=source, replacements=replacements) as chain:
             yield Session(chain, source, self.checkpoint.tokenizer(), self.compute)
 
     async def _handle(self, server: HopServer, stream: FrameStream) -> None:

@@ -1,20 +1,24 @@
 """Nodes that choose their blocks themselves, and move when they are needed. Simulated worlds."""
 
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import permutations
+from random import Random
 
 import pytest
 import trio
 
 from petalnode.errors import ModelError
 from petalnode.events import Moving, Ready
-from petalnode.holding import MOVE_DRAIN_S
+from petalnode.holding import MOVE_DRAIN_S, Holding
 from petalnode.models import loading
-from petalnode.placing import GIVEN_UP_S
+from petalnode.placing import GIVEN_UP_S, choose_span
 from petalnode.protocol import HOP_PROTOCOL, SESSION_ID_BYTES, Open
 from petalnode.session.session import GenerateOptions
 from petalnode.simnet.compute import Cost
 from petalnode.simnet.world import open_world
+
+from ..routing.records import record
 
 FILLED_S = 15.0
 """From a death until its hole is filled."""
@@ -82,6 +86,50 @@ async def test_those_who_join_together_do_not_take_the_same_blocks(
         assert not [event for event in moves if isinstance(event, Moving)]
 
 
+class Lockstep(Random):
+    """No jitter: all wait alike."""
+
+    def uniform(self, low, high):
+        return low
+
+
+class Newcomer:
+    """A holding, and its view of a swarm where news take a moment."""
+
+    num_blocks = 4
+
+    def __init__(self, peer_id, everybody):
+        self.terms = self
+        self.peer_id = peer_id
+        self.blocks = None
+        self.seq = 0
+        self.everybody = everybody
+
+    def expected_rates(self):
+        return None
+
+    async def intend(self, blocks):
+        self.blocks = blocks
+        self.seq += 1
+        await trio.sleep(0.1)
+        start, end = blocks
+        self.everybody[self.peer_id] = record(
+            self.peer_id, start, end, state="joining", seq=self.seq
+        )
+
+    def others(self):
+        return [a for a in self.everybody.values() if a.peer_id != self.peer_id]
+
+
+async def test_of_those_who_choose_in_lockstep_the_smallest_id_stays(autojump_clock):
+    everybody = {}
+    newcomers = [Newcomer(name, everybody) for name in "abcd"]
+    async with trio.open_nursery() as nursery:
+        for one in newcomers:
+            nursery.start_soon(choose_span, one, one, 1, Lockstep())
+    assert [one.blocks for one in newcomers] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
 async def test_a_hole_is_filled_by_one_that_can_be_spared(checkpoint, autojump_clock):
     """Not by the one that serves a session, whatever its id: it stays, and the session goes on."""
     async with a_world(checkpoint) as world:
@@ -111,6 +159,25 @@ async def test_a_hole_is_filled_by_one_that_can_be_spared(checkpoint, autojump_c
         assert [type(event) for event in events[spare]][-1] is Ready
         assert events[spare][-1].blocks == (4, 8)
         assert not [event for event in events[busy] if isinstance(event, Moving)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_who_has_sessions_leaves_the_move_to_who_has_none(checkpoint, which, autojump_clock):
+    """Whichever of the two the plan names first."""
+    async with a_world(checkpoint) as world:
+        events = {name: [] for name in ("a", "b", "c", "d")}
+        for name in events:
+            await world.start(name, num_blocks=4, report=events[name].append)
+        client = await world.start("client")
+        await trio.sleep(5)
+        lower = sorted(name for name in events if spans(world)[name] == (0, 4))
+        busy, spare = lower[which], lower[1 - which]
+        await open_hop(client, node(world, busy))
+        for name in set(events) - set(lower):
+            world.kill(name)
+        await until(lambda: spans(world)[spare] == (4, 8), FILLED_S)
+        assert not [event for event in events[busy] if isinstance(event, Moving)]
+        assert node(world, busy).service.server.sessions == 1
 
 
 async def some_tokens(session, ids, n):
@@ -146,6 +213,28 @@ async def open_hop(client, served):
     await control.send(opening.to_wire())
     assert (await control.receive()).header["type"] == "opened"
     return control
+
+
+async def test_a_session_leaves_the_node_that_moves_and_goes_on(checkpoint, autojump_clock):
+    async with a_world(checkpoint) as world:
+        await world.start("c", blocks=(4, 8))
+        mover = await world.start("a", num_blocks=4)
+        client = await world.start("client")
+        await trio.sleep(1)
+        async with client.open_session() as session:
+            assert world.name_of(session.chain.hops[0].peer_id) == "a"
+            said = await some_tokens(session, [5, 6], 3)
+            await world.start("b", blocks=(0, 4))
+            await trio.sleep(1)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mover._holding.move, (4, 8))
+                said += await some_tokens(session, [7], 40)
+            assert mover.blocks == (4, 8)
+            assert world.name_of(session.chain.hops[0].peer_id) == "b"
+        whole = await world.start("whole", blocks=(0, 8))
+        async with whole.open_session() as session:
+            expected = await some_tokens(session, [5, 6], 3)
+            assert said == expected + await some_tokens(session, [7], 40)
 
 
 async def test_blocks_of_both_spans_are_loaded_once(checkpoint, autojump_clock, monkeypatch):
@@ -189,6 +278,29 @@ async def test_blocks_that_cannot_be_loaded_bring_the_old_ones_back(
         assert (said.start, said.end, said.state, said.moving_to) == (0, 4, "online", None)
         assert not moving.service.server.draining
         await world.start("b", blocks=(4, 5))
+
+
+async def test_a_node_that_still_loads_says_so(checkpoint, autojump_clock, monkeypatch):
+    async with a_world(checkpoint) as world:
+        await world.start("b", blocks=(0, 8))
+        client = await world.start("client")
+        joins = trio.Event()
+        load = Holding.load
+
+        async def load_later(holding):
+            joins.set()
+            await trio.sleep(1)
+            await load(holding)
+
+        monkeypatch.setattr(Holding, "load", load_later)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(world.start, "a", blocks=(0, 4)))
+            await joins.wait()
+            await until(lambda: len(client.swarm.live()) == 2, 1)
+            control = await client.open_stream(world.peer_id("a"), HOP_PROTOCOL)
+            header = (await control.receive()).header
+            assert (header["type"], header["code"]) == ("refused", "joining")
+            control.reset()
 
 
 async def test_pinned_blocks_stay(checkpoint, autojump_clock):

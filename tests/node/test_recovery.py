@@ -7,6 +7,7 @@ import trio
 
 from petalnode.errors import NoRoute, PeerRefused
 from petalnode.routing.chain import Hop
+from petalnode.serving.budget import KvBudget
 from petalnode.session.session import GenerateOptions
 
 from .memory_swarm import open_memory_swarm
@@ -321,3 +322,43 @@ async def test_a_slow_hop_is_left(checkpoint):
                 await trio.testing.wait_all_tasks_blocked(0.01)
             assert [hop.peer_id for hop in session.chain.hops] == ["a", "b", "c2", "d"]
     assert tokens == reference_tokens(checkpoint, prompt(30), NEW)
+
+
+@pytest.mark.parametrize("kept", [0, 64])
+@pytest.mark.parametrize("at", [3, 4, 5, 6, 9])
+async def test_logs_that_end_anywhere(checkpoint, kept, at, monkeypatch):
+    """All of them, also right where the text is: then the client's token ids are what is left."""
+    monkeypatch.setattr("petalnode.session.chain.PATIENCE_S", 0.1)
+    async with open_memory_swarm(checkpoint, [*SPANS, *SPARES]) as swarm:
+        for server in swarm.servers.values():
+            server.server._log_budget = KvBudget(kept, 1)
+        finder = Finder(swarm)
+        async with swarm.session(*SPANS, replacements=finder) as session:
+            session.tokenizer.eos_ids = frozenset()
+            tokens = []
+            async for token in session.generate(prompt(60), GenerateOptions(NEW)):
+                tokens.append(token.id)
+                if len(tokens) == at:
+                    swarm.kill("c")
+    assert tokens == reference_tokens(checkpoint, prompt(60), NEW)
+    assert {error.peer_id for error in finder.blamed} == {"c"}
+
+
+async def test_a_move_is_no_loss_and_needs_no_log(checkpoint):
+    async with open_memory_swarm(checkpoint, [*SPANS, *SPARES]) as swarm:
+        for server in swarm.servers.values():
+            server.server._log_budget = KvBudget(0, 1)
+        finder = Finder(swarm)
+        async with swarm.session(*SPANS, replacements=finder) as session:
+            session.tokenizer.eos_ids = frozenset()
+            tokens = []
+            async for token in session.generate(prompt(60), GenerateOptions(NEW)):
+                tokens.append(token.id)
+                if len(tokens) == 3:
+                    await swarm.servers["c"].server.drain()
+                    await trio.testing.wait_all_tasks_blocked(0.02)
+            with trio.fail_after(2):
+                await swarm.servers["c"].server.wait_idle()
+    assert tokens == reference_tokens(checkpoint, prompt(60), NEW)
+    assert finder.blamed == []
+    assert {event for event, _ in finder.events} == {None}

@@ -13,7 +13,7 @@ from libp2p.pubsub.pb import rpc_pb2
 
 from petalnode.errors import PeerError
 from petalnode.p2p.envelope import _DOMAIN, MAX_RECORD_BYTES, seal
-from petalnode.p2p.gossip import open_gossip
+from petalnode.p2p.gossip import ABSORBED_AT_ONCE, open_gossip
 from petalnode.p2p.hello import HELLO_PROTOCOL, About, ask, hello_handler
 from petalnode.p2p.host import open_host
 from petalnode.routing.announcement import Announcement, InvalidAnnouncement
@@ -197,6 +197,27 @@ async def test_a_snapshot_is_checked_like_gossip() -> None:
         assert taker.gossip.refused["throughput"] == 1
         # Nobody asks for more life than is left.
         assert taker.gossip.snapshot()[0].age_s >= given.age_s
+
+
+async def test_a_large_snapshot_keeps_nobody_waiting() -> None:
+    count = 5 * ABSORBED_AT_ONCE
+    sightings = [Sighting(by(number), 0.0) for number in range(3, 3 + count)]
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with open_member(1) as taker, trio.open_nursery() as nursery:
+        nursery.start_soon(take_turns)
+        await trio.lowlevel.checkpoint()
+        before = turns
+        assert await taker.gossip.absorb_snapshot(sightings) == count
+        assert turns - before >= 4
+        assert len(taker.gossip.snapshot()) == count
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_joiner_learns_everybody_from_one_hello() -> None:
