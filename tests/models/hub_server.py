@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 COMMIT = "c" * 40
 LARGE = (".safetensors", ".bin", ".model")
 CHUNK_BYTES = 1 << 16
+IDLE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, tuple[str, Path]]] = {}
         self.faults = Faults()
         self.log: list[Sent] = []
+        self.busy = 0
+        self.idle = threading.Condition()
 
     def add(self, repo: str, folder: Path, revision: str = "main", commit: str = COMMIT) -> None:
         """Serve a folder as one revision of a repo."""
@@ -84,7 +87,12 @@ class HubServer(ThreadingHTTPServer):
         )
 
     def bodies(self, suffix: str = "") -> list[Sent]:
-        """The answers that carried a file's content, in order."""
+        """The answers that carried a file's content, in order, once none is under way.
+
+        A client has its last byte before the answer is written down. One that hangs is not awaited.
+        """
+        with self.idle:
+            self.idle.wait_for(lambda: self.busy == 0, timeout=IDLE_S)
         return [one for one in self.log if one.method == "GET" and one.file.endswith(suffix)]
 
     def find(self, method: str, url: str) -> Answer:
@@ -140,6 +148,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, method: str) -> None:
         """Send an answer, or the fault that stands in its place."""
+        with self.server.idle:
+            self.server.busy += 1
+        try:
+            self.answer(method)
+        finally:
+            with self.server.idle:
+                self.server.busy -= 1
+                self.server.idle.notify_all()
+
+    def answer(self, method: str) -> None:
+        """Send it and write it down."""
         name = unquote(urlsplit(self.path).path).rsplit("/", 1)[-1]
         spot = "api" if self.path.startswith("/api/") else f"head {name}" * (method == "HEAD")
         answer = self.server.faults.refusals.get(spot or name)
