@@ -28,6 +28,7 @@ MAX_ADAPTER_CHARS = 96
 MAX_RTTS = 16
 MAX_RTT_S = 60.0
 MAX_TPS = 1e8
+MIN_RATE = 1e-6  # tokens or bytes a second: the inverse of less is infinite to routing
 MAX_KV_TOKENS = 1 << 48
 MAX_QUEUE_DEPTH = 1_000_000
 MAX_CONTEXT = 1 << 30
@@ -214,13 +215,13 @@ def _check_span(a: Announcement) -> None:
 def _check_capacity(a: Announcement) -> None:
     for name in ("decode_tps", "forward_tps"):
         value = getattr(a, name)
-        check_number(name, value, 0.0, MAX_TPS, reason="throughput")
-        if value == 0:
-            raise InvalidAnnouncement("throughput", f"{name} is zero", "zero")
+        check_number(name, value, MIN_RATE, MAX_TPS, reason="throughput")
     check_integer("kv_tokens_free", a.kv_tokens_free, 0, MAX_KV_TOKENS)
     check_integer("queue_depth", a.queue_depth, 0, MAX_QUEUE_DEPTH)
     check_integer("max_context", a.max_context, 1, MAX_CONTEXT)
     check_number("bandwidth", a.bandwidth, 0.0, MAX_BANDWIDTH)
+    if 0 < a.bandwidth < MIN_RATE:
+        raise InvalidAnnouncement("bandwidth", "bandwidth is next to nothing", "out-of-range")
     for name in ("dtype", "quant"):
         if not _matches(_TAG, getattr(a, name)):
             raise InvalidAnnouncement(name, f"{name} is not a short lower-case name")

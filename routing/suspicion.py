@@ -41,8 +41,6 @@ MAX_REFUTED = 3
 FADE_S = 300.0
 MAX_ACCUSED = 1024
 """Peers under suspicion at the same time."""
-REFUTE_S = 2.0
-"""Between two refutations of our own: slander must not make a peer flood the swarm."""
 
 Heard = Literal["suspected", "known", "refute", "refuted", "no voice", "stranger", "full"]
 
@@ -107,16 +105,17 @@ class Suspicions:
         self._view = view
         self._cases: dict[str, _Case] = {}
         self._refuted: dict[str, list[float]] = {}
-        self._spoke_at = -REFUTE_S
 
     def hear(self, said: Suspicion, now: float) -> Heard:
         """Take in a suspicion that was checked.
 
         "suspected" and "known" are worth passing on; "suspected" is a reason to probe the accused,
-        "refute" to announce ourselves at once; the rest says why it counts for nothing.
+        "refute" to announce ourselves as soon as may be, each time, for an accusation of our latest
+        record stands until we do; the rest says why it counts for nothing.
         """
         if said.accused == self._own_id:
-            return self._about_us(now)
+            own = self._view.get(self._own_id, now)
+            return "refuted" if own is not None and own.seq > said.seq else "refute"
         self._settle(now)
         record = self._view.get(said.accused, now)
         if record is None:
@@ -183,12 +182,6 @@ class Suspicions:
             self._refuted[accuser] = [t for t in times if now - t < FADE_S]
             if not self._refuted[accuser]:
                 del self._refuted[accuser]
-
-    def _about_us(self, now: float) -> Heard:
-        if now - self._spoke_at < REFUTE_S:
-            return "refuted"
-        self._spoke_at = now
-        return "refute"
 
     def _has_voice(self, accuser: str, now: float) -> bool:
         since = self._view.since(accuser, now)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from petalnode.errors import NoRoute
 from petalnode.routing import chain
-from petalnode.routing.announcement import Announcement
+from petalnode.routing.announcement import MIN_RATE, Announcement, InvalidAnnouncement
 from petalnode.routing.chain import (
     MAX_CANDIDATES,
     SPREAD,
@@ -375,3 +375,14 @@ def test_equal_to_trying_every_chain(data: st.DataObject, taken: list[tuple[int,
     by_id = {a.peer_id: a for a in swarm}
     for hop in route.hops:
         assert by_id[hop.peer_id].start <= hop.start < hop.end <= by_id[hop.peer_id].end
+
+
+@pytest.mark.parametrize("field", ["decode_tps", "forward_tps", "bandwidth"])
+@pytest.mark.parametrize("workload", [Workload(), Workload(bulk_tokens=10, token_bytes=10)])
+def test_the_least_rate_that_a_record_may_have_keeps_nobody_from_a_chain(
+    field: str, workload: Workload
+) -> None:
+    with pytest.raises(InvalidAnnouncement):
+        record("liar", 0, 4, **{field: 5e-324})  # its inverse is infinite, and 0 times that NaN
+    swarm = [record("a", 0, 4), record("liar", 0, 4, **{field: MIN_RATE})]
+    assert [hop.peer_id for hop in Router(4).find(swarm, Knowledge(), workload).hops] == ["a"]

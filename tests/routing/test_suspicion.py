@@ -10,7 +10,6 @@ from petalnode.routing.suspicion import (
     LIFE_S,
     MAX_OPEN,
     MAX_REFUTED,
-    REFUTE_S,
     TENURE_S,
     Suspicion,
     Suspicions,
@@ -99,12 +98,16 @@ def test_a_probe_of_our_own_that_succeeds_outweighs_all_others() -> None:
     assert cases.dead(NOW + CONFIRM_S) == ["victim"]
 
 
-def test_who_is_accused_speaks_up_but_not_for_each_voice() -> None:
-    cases = Suspicions("me", swarm())
+def test_who_is_accused_answers_for_its_latest_record_however_soon_after_the_last_answer() -> None:
+    view = swarm()
+    cases = Suspicions("me", view)
     assert cases.hear(says("w1", "me"), NOW) == "refute"
-    assert cases.hear(says("w2", "me"), NOW + REFUTE_S - 0.1) == "refuted"
-    assert cases.hear(says("w3", "me"), NOW + REFUTE_S) == "refute"
-    assert cases.suspected(NOW + REFUTE_S) == set()
+    add(view, "me", seq=2, now=NOW)
+    assert cases.hear(says("w2", "me"), NOW) == "refuted"
+    # Two who accuse the refutation itself would else be believed: nothing else refutes them.
+    assert cases.hear(says("w1", "me", seq=2), NOW + 0.1) == "refute"
+    assert cases.hear(says("w2", "me", seq=2), NOW + 0.2) == "refute"
+    assert cases.suspected(NOW + 1) == set()
 
 
 def test_strangers_and_newcomers_have_no_voice() -> None:
