@@ -124,20 +124,6 @@ class Swarm:
             self.live(), self.knowledge(), workload, gap=gap, exclude=exclude, rng=self._rng
         )
 
-    def replacement(
-        self,
-        start: int,
-        end: int,
-        sender: str | None,
-        receiver: str | None,
-        *,
-        exclude: Collection[str] = (),
-        workload: Workload = ANYTHING,
-    ) -> tuple[Hop, ...]:
-        """Hops for blocks ``[start, end)`` of a session that goes on; ``sender`` feeds the first
-        and ``receiver`` takes over from the last, None being this node. Raises ``NoRoute``."""
-        return self.find_chain(workload, exclude=exclude, gap=Gap(start, end, sender, receiver))
-
     def explain(self, workload: Workload = ANYTHING) -> Mapping[str, str]:
         """For every peer id: its part in the best chain there is now, or why it has none."""
         return explain(self._router, self.live(), self.knowledge(), workload)

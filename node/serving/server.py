@@ -75,7 +75,6 @@ class HopServer:
         stream.max_payload = 0  # a stranger's first words reserve no memory here
         with trio.fail_after(HELLO_DEADLINE_S):
             first = await stream.receive()
-        stream.max_payload = max_payload_bytes(self._engine.span.config.hidden_size)
         if first is None:
             return
         stream.max_payload = max_payload_bytes(self._engine.span.config.hidden_size)

@@ -317,8 +317,3 @@ def chunks(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
                 result.append([])
                 room = size
     return [chunk for chunk in result if chunk]
-
-
-def describe(hops: Sequence[Hop]) -> str:
-    """``[0:4] 12D3…abcd → [4:8] 12D3…efgh``."""
-    return " → ".join(f"[{hop.start}:{hop.end}] …{hop.peer_id[-8:]}" for hop in hops)
