@@ -7,6 +7,7 @@ when the attention cache is full, or free again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from random import Random
 
@@ -33,6 +34,7 @@ class Announcer:
         self._gossip = gossip
         self._rng = rng
         self._urgent = trio.Event()
+        self._spoke_at = -math.inf
         gossip.on_accused = self.hurry
 
     @property
@@ -48,20 +50,21 @@ class Announcer:
         """Tell the swarm at once. Raises InvalidAnnouncement if it does not follow the last one."""
         await self._gossip.publish(announcement)
         self.said = announcement
+        self._spoke_at = trio.current_time()
 
     async def beat(self, announce: Callable[[], Announcement], room: Callable[[], int]) -> None:
         """Publish what ``announce`` says, again and again. Runs for ever.
 
-        ``room`` is how many tokens of attention cache are free.
+        Whatever was published meanwhile counts as a beat. ``room`` is how many tokens of attention
+        cache are free.
         """
         while True:
+            await self._wait_turn(next_beat(self._swarm_size(), self._rng), room)
+            await trio.sleep_until(self._spoke_at + MIN_GAP_S)
             await self.publish(announce())
-            spoke_at = trio.current_time()
-            await self._wait_turn(spoke_at + next_beat(self._swarm_size(), self._rng), room)
-            await trio.sleep_until(spoke_at + MIN_GAP_S)
 
-    async def _wait_turn(self, due: float, room: Callable[[], int]) -> None:
-        while trio.current_time() < due:
+    async def _wait_turn(self, interval_s: float, room: Callable[[], int]) -> None:
+        while (due := self._spoke_at + interval_s) > trio.current_time():
             with trio.move_on_at(min(due, trio.current_time() + CHECK_S)):
                 await self._urgent.wait()
                 self._urgent = trio.Event()

@@ -21,7 +21,13 @@ from petalnode.models.checkpoint import Checkpoint
 from petalnode.models.span import Span
 from petalnode.p2p.frames import FrameStream
 from petalnode.protocol import refusal_wire
-from petalnode.routing.announcement import MAX_ADDRS, MAX_BANDWIDTH, Announcement, State
+from petalnode.routing.announcement import (
+    MAX_ADDRS,
+    MAX_BANDWIDTH,
+    MAX_TPS,
+    Announcement,
+    State,
+)
 from petalnode.serving.hop_session import Connect
 from petalnode.serving.known_rates import Rates, rates_key
 from petalnode.serving.service import SpanService, Throughput, load_service
@@ -34,6 +40,8 @@ DRAIN_DEADLINE_S = 60.0
 MOVE_DRAIN_S = 30.0
 """How long a node that wants to move waits for that, before it gives the move up."""
 GOODBYE_DEADLINE_S = 1.0
+MIN_TPS = 1e-3
+"""What is announced at least while nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +279,9 @@ class Holding:
         if rates is None or self.blocks is None:
             return Throughput()
         size = self.blocks[1] - self.blocks[0]
-        return Throughput(rates.decode / size, rates.forward / size)
+        # A guess by what others say, or by a file: whatever that was, our own record must be valid.
+        decode, forward = (min(max(rate / size, MIN_TPS), MAX_TPS) for rate in rates)
+        return Throughput(decode, forward)
 
 
 def shared(span: Span, blocks: Blocks) -> Span:

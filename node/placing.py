@@ -100,7 +100,6 @@ class Balancer:
 
     async def _others_can(self, move: Move) -> bool:
         records, num_blocks = self._swarm.live(), self._swarm.num_blocks
-        plan = await self._compute.run(
-            partial(plan_moves, records, num_blocks, passed={self._own_id})
-        )
+        passed = self._rebalancer.passed | {self._own_id}
+        plan = await self._compute.run(partial(plan_moves, records, num_blocks, passed=passed))
         return any(other.urgent >= move.urgent for other in plan)

@@ -181,7 +181,7 @@ class Watch:
 
     def _look_for_ourselves(self, peer_id: str) -> None:
         """Somebody calls a peer dead: in a large swarm only some of us go and see."""
-        near = peer_id in self._rtts
+        near = peer_id in self._host.connected_peers()
         share = 1.0 if near else ASKED_PROBES / max(1, len(self._others()))
         if self._may_dial(peer_id) and self._rng.random() < share:
             self.check(peer_id)

@@ -16,7 +16,7 @@ from petalnode.p2p.host import Host
 REUNION_S = 5.0
 """Between two attempts, each at one of the lost."""
 MAX_FRIENDS = 16
-"""Peers that we were connected to lately; their addresses outlive their records here."""
+"""Peers that we were connected to, the latest; their addresses outlive their records here."""
 
 
 class InSwarm(Protocol):
@@ -28,17 +28,20 @@ class InSwarm(Protocol):
 
 async def seek_friends(host: Host, swarm: InSwarm) -> None:
     """Say hello to those whom we lost, in turn, and take in whom they know. Runs for ever."""
-    friends: dict[str, tuple[str, ...]] = {}
+    near: dict[str, tuple[str, ...]] = {}
+    away: dict[str, tuple[str, ...]] = {}  # who was near; never pushed out by those who still are
     while True:
         connected = set(host.connected_peers())
         live = {a.peer_id: a.addrs for a in swarm.gossip.view.live(trio.current_time())}
-        friends |= {peer_id: addrs for peer_id, addrs in live.items() if peer_id in connected}
-        while len(friends) > MAX_FRIENDS:
-            del friends[next(iter(friends))]
-        lost = [peer_id for peer_id in friends if peer_id not in live and peer_id not in connected]
-        if lost:
-            friends[lost[0]] = friends.pop(lost[0])  # the next time it is the next one's turn
-            await _seek(host, swarm, lost[0], friends[lost[0]])
+        away |= {peer_id: addrs for peer_id, addrs in near.items() if peer_id not in connected}
+        near = {peer_id: addrs for peer_id, addrs in live.items() if peer_id in connected}
+        away = {peer_id: addrs for peer_id, addrs in away.items() if peer_id not in connected}
+        while len(away) > MAX_FRIENDS:
+            del away[next(iter(away))]
+        lost = next((peer_id for peer_id in away if peer_id not in live), None)
+        if lost is not None:
+            away[lost] = away.pop(lost)  # the next time it is the next one's turn
+            await _seek(host, swarm, lost, away[lost])
         await trio.sleep(REUNION_S)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -20,6 +20,7 @@ from petalnode.routing.announcement import Announcement, InvalidAnnouncement, ch
 from petalnode.routing.chain import Router
 from petalnode.routing.costs import Knowledge
 from petalnode.routing.explain import explain
+from petalnode.routing.view import SwarmView
 
 PROBE_DEADLINE_S = 3.0
 MAX_PROBES = 32
@@ -36,6 +37,7 @@ class Survey:
         self._joins = list(joins)
         self._others: list[str] = []
         self._fingerprint = fingerprint
+        self._network = next((join.network for join in joins if isinstance(join, Invite)), None)
 
     async def look(self) -> Swarm:
         """Ask the first contact that answers for its records, and measure the way to each peer.
@@ -44,11 +46,11 @@ class Survey:
         Raises ``SwarmMismatch`` or ``PeerUnreachable``.
         """
         joins = [*self._joins, *self._others]
-        hello = await contact_swarm(self._host, joins, network=None, fingerprint=self._fingerprint)
-        self._fingerprint = hello.fingerprint
-        records = sorted(
-            valid_records(hello, time.time()), key=lambda a: (a.start, a.end, a.peer_id)
+        hello = await contact_swarm(
+            self._host, joins, network=self._network, fingerprint=self._fingerprint
         )
+        self._network, self._fingerprint = hello.network, hello.fingerprint
+        records = valid_records(hello, time.time())
         self._others = [addr for a in records[:MAX_CONTACTS] for addr in a.addrs]
         rtts = await measure(self._host, records)
         return describe_swarm(hello.model, hello.blocks, records, rtts)
@@ -63,16 +65,19 @@ async def open_survey(
         yield Survey(host, joins, fingerprint)
 
 
-def valid_records(hello: Hello, wall_now: float) -> Iterator[Announcement]:
-    """What a contact said about its swarm, as far as it is signed, fresh, and of that swarm."""
+def valid_records(hello: Hello, wall_now: float) -> list[Announcement]:
+    """What a contact said about its swarm, as far as it is signed, fresh, and of that swarm: the
+    latest of each peer that lives, in the order of their blocks."""
+    view = SwarmView(hello.blocks)
     for sighting in hello.records:
         try:
             record = unseal(sighting.raw)
             check_clock(record, wall_now)
         except InvalidAnnouncement:
             continue
-        if record.fingerprint == hello.fingerprint and record.end <= hello.blocks:
-            yield record
+        if record.fingerprint == hello.fingerprint:
+            view.apply(record, 0.0, sighting.raw, age_s=sighting.age_s)
+    return sorted(view.live(0.0), key=lambda a: (a.start, a.end, a.peer_id))
 
 
 async def measure(host: Host, records: Sequence[Announcement]) -> Mapping[str, float]:

@@ -26,7 +26,12 @@ from petalnode.p2p.identity import Identity
 from petalnode.p2p.pubsub import OneTopicPubsub
 from petalnode.p2p.pubsub_limits import Budgets
 from petalnode.p2p.translate import collapsed
-from petalnode.routing.announcement import Announcement, InvalidAnnouncement, check_clock
+from petalnode.routing.announcement import (
+    Announcement,
+    InvalidAnnouncement,
+    check_clock,
+    refusal_kind,
+)
 from petalnode.routing.suspicion import Heard, Suspicion, Suspicions
 from petalnode.routing.view import NEWS, Outcome, Sighting, SwarmView
 
@@ -102,6 +107,7 @@ class Gossip:
         Raises InvalidAnnouncement if its ``seq`` does not rise, or the record is not ours.
         """
         raw = seal(self._identity, announcement)
+        self.view.prove(announcement.peer_id)  # a flood must not push out ourselves
         outcome = self.view.apply(announcement, trio.current_time(), raw)
         if outcome not in NEWS:
             raise InvalidAnnouncement(outcome, "our own record does not follow our last one")
@@ -152,7 +158,7 @@ class Gossip:
             if isinstance(said, Suspicion):
                 return self._hear(said, publisher)
         except InvalidAnnouncement as error:
-            self.refused[error.reason] += 1
+            self._refuse(error.reason, publisher)
             return False
         # A duplicate came by snapshot before: those who hear of it through us still need it.
         outcome = self._admit(said, raw, publisher=publisher)
@@ -163,8 +169,7 @@ class Gossip:
             raise InvalidAnnouncement("publisher", "another peer than the accuser published it")
         said.check_clock(self._wall_clock())
         if said.accused in self._buried and not self._lives(said.accused):
-            self._buried[said.accused].add(said.accuser)
-            return True  # old news to us, but maybe not to those who hear of it through us
+            return self._hear_of_buried(said)
         heard = self.suspicions.hear(said, trio.current_time())
         if heard == "suspected":
             self.on_suspect(said.accused)
@@ -173,6 +178,16 @@ class Gossip:
         elif heard not in _WORTH_TELLING:
             self.refused[heard] += 1
         return heard in _WORTH_TELLING
+
+    def _hear_of_buried(self, said: Suspicion) -> bool:
+        """Old news to us, but maybe not to those who hear of it through us."""
+        if not self._lives(said.accuser):  # keys cost nothing
+            self.refused["no voice"] += 1
+            return False
+        accusers = self._buried[said.accused]
+        is_new = said.accuser not in accusers
+        accusers.add(said.accuser)
+        return is_new
 
     def _lives(self, peer_id: str) -> bool:
         return self.view.get(peer_id, trio.current_time()) is not None
@@ -194,7 +209,7 @@ class Gossip:
         try:
             self._check(announcement, publisher)
         except InvalidAnnouncement as error:
-            self.refused[error.reason] += 1
+            self._refuse(error.reason, publisher)
             return None
         now = trio.current_time()
         known = self.view.get(announcement.peer_id, now)
@@ -203,8 +218,14 @@ class Gossip:
             if known is None or known.addrs != announcement.addrs:
                 self._host.learn(announcement.peer_id, announcement.addrs)
         elif outcome != "duplicate":
-            self.refused[outcome] += 1
+            self._refuse(outcome, publisher)
         return outcome
+
+    def _refuse(self, reason: str, publisher: str) -> None:
+        self.refused[reason] += 1
+        # Anybody can send old messages once more: their author must not be silenced by that.
+        if publisher and refusal_kind(reason) == "replayed":
+            self._speakers.refund(ID.from_string(publisher))
 
     def _check(self, announcement: Announcement, publisher: str) -> None:
         if publisher not in ("", announcement.peer_id):

@@ -70,6 +70,11 @@ class Budgets:
         bucket.tokens -= 1
         return True
 
+    def refund(self, peer: ID) -> None:
+        """Give the token of the last ``spend`` back."""
+        bucket = self._buckets[peer]
+        bucket.tokens = min(bucket.tokens + 1, self._burst)
+
     def keep_only(self, peers: Container[ID]) -> None:
         """Forget everybody else."""
         self._buckets = {peer: b for peer, b in self._buckets.items() if peer in peers}

@@ -11,12 +11,15 @@ docs/placement.md states the same as linear programs.
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
+from statistics import median_low
 from typing import Literal, Protocol
 
 PRECISION = 1e-6
 """Relative error of throughputs found by bisection."""
+BELIEVED = 16.0
+"""A peer counts for no more than so many of the middle one: what it says, nobody has measured."""
 
 _Free = tuple[int, float]  # minus the end of a window, and the compute that is left on it
 
@@ -64,6 +67,13 @@ def seats(records: Iterable[Record], num_blocks: int) -> list[Seat]:
     """The seats of all peers that serve or will, ordered by id so that all nodes sum alike."""
     found = (_seat(record, num_blocks) for record in records)
     return sorted((seat for seat in found if seat is not None), key=lambda seat: seat.peer_id)
+
+
+def believed_seats(records: Iterable[Record], num_blocks: int) -> list[Seat]:
+    """The same with no rate above ``BELIEVED`` medians: one liar does not draw everybody away."""
+    said = seats(records, num_blocks)
+    most = BELIEVED * median_low([seat.rate for seat in said]) if said else 0.0
+    return [replace(seat, rate=most) if seat.rate > most else seat for seat in said]
 
 
 def _seat(record: Record, num_blocks: int) -> Seat | None:

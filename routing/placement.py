@@ -15,7 +15,7 @@ from math import fsum
 from statistics import median
 from typing import NamedTuple
 
-from petalnode.routing.capacity import Board, Record, Seat, Trials, bound, seats
+from petalnode.routing.capacity import Board, Record, Seat, Trials, believed_seats, bound
 
 LEVELS = 40
 """Steps in which mean compute is compared: what differs by less leaves the choice to seams."""
@@ -38,7 +38,7 @@ def choose_window(
     least 1.
     """
     size = min(size, num_blocks)
-    others = seats(announcements, num_blocks)
+    others = believed_seats(announcements, num_blocks)
     if rate is None:
         rate = median([seat.rate for seat in others]) if others else 1.0
     ranks = _ranks(others, num_blocks, size, rate)

@@ -20,7 +20,7 @@ from itertools import accumulate
 from random import Random
 from typing import NamedTuple, Protocol
 
-from petalnode.routing.capacity import Board, Record, Seat, Trials, bound, seats
+from petalnode.routing.capacity import Board, Record, Seat, Trials, believed_seats, bound
 from petalnode.routing.placement import WORTH_MOVING
 
 BALANCED = 0.995
@@ -40,7 +40,7 @@ CONFIRM_HOLE_S = 1.0
 PATIENCE_S = 30.0
 """How long the others wait for a peer on the list to announce its move."""
 STUCK_S = 600.0
-"""A peer that has been on the move for so long does not hold the others back any more."""
+"""Who has been on the move or joining for so long holds nobody back, and is not counted on."""
 PASSED_OVER_S = 600.0
 
 
@@ -71,18 +71,23 @@ def plan_moves(
 ) -> tuple[Move, ...]:
     """The moves that should begin now, best first; all nodes with the same view agree on them.
 
-    Peers in ``passed`` are not asked to move, and if they move, hold nobody back. Pinned peers are
-    never asked.
+    Peers in ``passed`` are not asked to move; if they move or join, they hold nobody back, and are
+    not counted on. Pinned peers are never asked. A hole that nobody is on the way to does not wait
+    for those who move or join elsewhere: as many again may move to fill it.
     """
-    taken = {seat.peer_id: seat for seat in seats(records, num_blocks)}
-    counts = Counter(seat.status for seat in taken.values() if seat.peer_id not in passed)
-    allowed = min(MAX_MOVES, max(1, int(len(taken) * MAX_MOVING_SHARE))) - counts["moving"]
-    if counts["joining"] > 1 + len(taken) * MAX_JOINING_SHARE:
-        return ()
+    taken = {
+        seat.peer_id: seat
+        for seat in believed_seats(records, num_blocks)
+        if seat.peer_id not in passed or seat.status in ("still", "pinned")
+    }
+    counts = Counter(seat.status for seat in taken.values())
+    most = min(MAX_MOVES, max(1, int(len(taken) * MAX_MOVING_SHARE)))
+    busy = counts["joining"] > 1 + len(taken) * MAX_JOINING_SHARE
+    allowed = 0 if busy else most - counts["moving"]
     moves: list[Move] = []
-    while len(moves) < allowed:
+    while len(moves) < max(allowed, min(most, 2 * most - counts["moving"])):
         move = _best_move(list(taken.values()), num_blocks, passed)
-        if move is None:
+        if move is None or not (move.urgent or len(moves) < allowed):
             break
         moves.append(move)
         seat = taken[move.peer_id]
@@ -103,7 +108,7 @@ class Rebalancer:
         self._rng = rng
         self._plan = plan
         self._listed: dict[str, float] = {}  # since when each peer has been on the list
-        self._moving: dict[str, float] = {}  # since when each peer has been on the move
+        self._moving: dict[str, float] = {}  # since when each peer has moved, or joined
         self._passed: dict[str, float] = {}  # until when
         self._wait_s = 0.0
 
@@ -111,7 +116,7 @@ class Rebalancer:
         """The move to make now, if any. ``records`` are everybody's, this node's among them."""
         records = list(records)
         self._pass_over(records, now)
-        moves = self._plan(records, self._num_blocks, passed=frozenset(self._passed))
+        moves = self._plan(records, self._num_blocks, passed=self.passed)
         self._listed = {move.peer_id: self._listed.get(move.peer_id, now) for move in moves}
         mine = next((move for move in moves if move.peer_id == self._peer_id), None)
         if mine is None:
@@ -122,11 +127,19 @@ class Rebalancer:
             self._wait_s = base * self._rng.uniform(1.0, 2.0)
         return mine if now - since >= self._wait_s else None
 
+    @property
+    def passed(self) -> frozenset[str]:
+        """Whom nobody waits for any more, as of the last ``check``."""
+        return frozenset(self._passed)
+
     def _pass_over(self, records: Iterable[Record], now: float) -> None:
-        """No more waiting for those who are listed and do not move, or move and never arrive."""
-        moving = [a.peer_id for a in records if a.moving_to is not None]
+        """No more waiting for those who are listed and do not move, or load and never arrive."""
+        moving = [a.peer_id for a in records if a.moving_to is not None or a.state == "joining"]
         self._moving = {peer: self._moving.get(peer, now) for peer in moving}
-        self._passed = {peer: until for peer, until in self._passed.items() if until > now}
+        fresh = {peer for peer, since in self._moving.items() if now - since < STUCK_S}
+        self._passed = {p: until for p, until in self._passed.items() if until > now}
+        for peer in fresh & self._passed.keys():  # it moves after all, and is counted on again
+            del self._passed[peer]
         for waited, limit in ((self._listed, PATIENCE_S), (self._moving, STUCK_S)):
             for peer, since in waited.items():
                 if peer != self._peer_id and now - since >= limit:

@@ -11,11 +11,17 @@ from petalnode.cli import status
 from petalnode.cli.output import print_human, print_json
 from petalnode.cli.status import CLEAR, END_LINE, END_SCREEN, HOME, Screen, report_for, watch
 from petalnode.cli.swarm_table import bar, columns, ranges, swarm_lines
-from petalnode.errors import PeerUnreachable
+from petalnode.errors import PeerUnreachable, SwarmMismatch
 from petalnode.joining import parse_joins
 from petalnode.node import NodeOptions, open_node
-from petalnode.survey import describe_swarm, open_survey
+from petalnode.p2p.envelope import seal
+from petalnode.p2p.hello import Hello
+from petalnode.p2p.invite import Invite
+from petalnode.routing.view import Sighting
+from petalnode.survey import describe_swarm, open_survey, valid_records
 
+from ..p2p.records import FINGERPRINT, WALL, identity
+from ..p2p.records import record as signed
 from ..routing.records import record
 
 RECORDS = [
@@ -183,3 +189,39 @@ async def test_the_first_look_fails_as_any_verb_does():
     async with open_survey(nobody, None) as survey:
         with pytest.raises(PeerUnreachable, match="No contact"):
             await survey.look()
+
+
+def told(*said):
+    """What a contact answers that knows, or made up, these records; each a (number, changes)."""
+    sightings = []
+    for number, age_s, changes in said:
+        who = identity(number)
+        sightings.append(Sighting(seal(who, signed(who, **changes)), age_s))
+    return Hello("home", "demo", FINGERPRINT, 8, tuple(sightings))
+
+
+def test_each_peer_that_lives_is_shown_once_whatever_the_contact_says():
+    hello = told(
+        (1, 0.0, {"seq": 1}),
+        (1, 0.0, {"seq": 3, "end": 6}),
+        (1, 0.0, {"seq": 2}),
+        (2, 31.0, {}),  # outlived its 30 s there
+        (3, 0.0, {"state": "offline"}),
+        (4, 0.0, {"end": 9}),
+        (5, 0.0, {"moving_to": (0, 9)}),
+        (6, 0.0, {"fingerprint": "f" * 32}),
+    )
+    records = valid_records(hello, WALL)
+    assert [(a.peer_id, a.seq) for a in records] == [(identity(1).peer_id, 3)]
+
+
+async def test_a_contact_that_belongs_elsewhere_by_now_is_not_taken_for_the_swarm(tmp_path):
+    options = NodeOptions(
+        blocks=(0, 4), host="127.0.0.1", identity=tmp_path / "key", device="cpu", dtype="float32"
+    )
+    async with open_node("demo", options) as node:
+        (now,) = parse_joins([node.invite])
+        before = Invite("another network", now.model, now.fingerprint, now.addrs)
+        async with open_survey([before], None) as survey:
+            with pytest.raises(SwarmMismatch, match="another network"):
+                await survey.look()

@@ -96,3 +96,20 @@ async def test_full_and_free_again_are_told_soon_and_nothing_between(autojump_cl
         nursery.start_soon(fill)
         times = await node.live(3.9)
     assert times == [0, 1, 3]
+
+
+async def test_what_was_said_a_moment_ago_is_not_said_again(autojump_clock):
+    """A newcomer tells what it will load, then begins to beat; and it goes online when it can."""
+    node = Node()
+
+    async def go_online():
+        await trio.sleep(3)
+        await node.announcer.publish(node.record())
+
+    await node.announcer.publish(node.record())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(go_online)
+        times = await node.live(3 + BEAT_S * (1 + JITTER))
+    assert times[:2] == [0, 3]
+    assert len(times) == 3
+    assert times[2] - times[1] >= BEAT_S * (1 - JITTER)

@@ -12,8 +12,9 @@ from petalnode.errors import ModelError
 from petalnode.events import Moving, Ready
 from petalnode.holding import MOVE_DRAIN_S, Holding
 from petalnode.models import loading
-from petalnode.placing import GIVEN_UP_S, choose_span
+from petalnode.placing import GIVEN_UP_S, Balancer, choose_span
 from petalnode.protocol import HOP_PROTOCOL, SESSION_ID_BYTES, Open
+from petalnode.routing.rebalance import PATIENCE_S
 from petalnode.session.session import GenerateOptions
 from petalnode.simnet.compute import Cost
 from petalnode.simnet.world import open_world
@@ -310,3 +311,44 @@ async def test_pinned_blocks_stay(checkpoint, autojump_clock):
         await trio.sleep(60)
         assert set(spans(world).values()) == {(0, 4)}
         assert all(a.pinned for a in node(world, "a").swarm.live())
+
+
+class Busy:
+    """A holding with a session, the swarm around it, and its computer."""
+
+    num_blocks = 4
+    sessions = 1
+
+    def __init__(self):
+        self.terms = self
+        self.peer_id = "own"
+        self.declines = False
+        self.moved = trio.Event()
+
+    def announcement(self):
+        return record("own", 0, 2, pinned=self.declines)
+
+    async def publish(self, announcement):
+        pass
+
+    def live(self):
+        return [record("idle", 0, 2), self.announcement()]
+
+    async def run(self, function):
+        return function()
+
+    async def move(self, blocks):
+        assert blocks == (2, 4)
+        self.moved.set()
+        return True
+
+
+async def test_a_hole_is_not_left_to_one_who_never_comes(autojump_clock):
+    """It says that it could, for ever; it may be a liar."""
+    busy = Busy()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Balancer(busy, busy, Random(1), busy).run)
+        with trio.fail_after(PATIENCE_S + 2 * FILLED_S):
+            await busy.moved.wait()
+        assert trio.current_time() > PATIENCE_S
+        nursery.cancel_scope.cancel()

@@ -3,6 +3,7 @@
 import pytest
 import trio
 
+from petalnode.routing.announcement import MAX_TPS
 from petalnode.session.session import GenerateOptions
 from petalnode.simnet.compute import Cost
 from petalnode.simnet.world import open_world
@@ -55,3 +56,13 @@ async def test_clocks_thirty_seconds_apart_work(checkpoint, autojump_clock):
         assert ([world.name_of(peer_id) for peer_id in first], ids) == (["early", "late"], expected)
         for name in ("early", "late", "client"):
             assert not {"future", "expired"} & set(world._members[name].node.swarm.gossip.refused)
+
+
+async def test_nobody_is_kept_from_joining_by_what_another_claims(checkpoint, autojump_clock):
+    """A newcomer without measurements guesses by the others, and its own record must be valid."""
+    async with open_world(3, checkpoint, cost=Cost()) as world:
+        boaster = await world.start("boaster", blocks=(0, 4), boast=5e4)
+        claimed = boaster.swarm.live()[0].forward_tps
+        assert claimed <= MAX_TPS < 4 * claimed
+        node = await world.start("small", num_blocks=1)
+        assert node.blocks is not None

@@ -86,6 +86,19 @@ def arrivals(member: Member, count: int) -> trio.Event:
     return arrived
 
 
+async def test_a_flood_of_keys_does_not_push_us_out_of_our_own_view() -> None:
+    """Not even where we came last, after a snapshot."""
+    async with open_line(1) as (member,):
+        member.view._max_peers = 4
+        for number in range(10, 60):
+            if number == 13:
+                await member.gossip.publish(record(member.who, seq=1))
+            who = identity(number)
+            member.gossip._accept(seal(who, record(who)), who.peer_id)
+        assert len(seqs(member.view)) == 4
+        assert member.who.peer_id in seqs(member.view)
+
+
 async def test_one_peer_floods_and_the_others_are_heard_as_before() -> None:
     flood = 4 * int(PEER_BURST)
     async with open_line(3) as (bad, middle, end):
@@ -114,3 +127,18 @@ async def test_accusations_count_as_messages_too() -> None:
         await happens(arrived)
         assert middle.gossip.refused["stranger"] + middle.gossip.refused["flood"] == flood
         assert middle.gossip.refused["flood"] > PEER_BURST / 2
+
+
+async def test_nobody_is_silenced_by_old_messages_of_theirs_that_are_sent_again() -> None:
+    """Their signatures hold, and after two minutes their ids are forgotten."""
+    who = identity(9)
+    stale = seal(who, record(who, seq=4))
+    expired = seal(who, record(who, seq=3, issued_at=WALL - MAX_CLOCK_SKEW_S - 31))
+    async with open_line(1) as (member,):
+        gossip = member.gossip
+        assert gossip._accept(seal(who, record(who, seq=5)), who.peer_id)
+        for _ in range(2 * int(PEER_BURST)):
+            assert not gossip._accept(stale, who.peer_id)
+            assert not gossip._accept(expired, who.peer_id)
+        assert gossip._accept(seal(who, record(who, seq=6)), who.peer_id)
+        assert set(gossip.refused) == {"stale", "expired"}

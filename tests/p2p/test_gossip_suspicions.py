@@ -80,6 +80,25 @@ async def test_what_is_known_to_the_dead_mans_friends_still_reaches_the_others()
         assert middle.view.get(accused.peer_id, trio.current_time()) is None
 
 
+async def test_keys_made_up_are_no_witnesses_against_the_buried_either() -> None:
+    async with open_line(1) as (member,):
+        gossip, accused = member.gossip, identity(4)
+        for who in (FIRST, accused):
+            known = record(who, seq=5)
+            member.view.apply(known, trio.current_time(), seal(who, known))
+        gossip.bury(accused.peer_id)
+        for number in range(10, 40):
+            who = identity(number)
+            said = accusation(accuser=who.peer_id, accused=accused.peer_id)
+            assert not gossip._accept(seal(who, said), who.peer_id)
+        assert gossip.accusers(accused.peer_id) == 0
+        honest = seal(FIRST, accusation(accused=accused.peer_id))
+        assert gossip._accept(honest, FIRST.peer_id)
+        assert not gossip._accept(honest, FIRST.peer_id)  # said once is enough
+        assert gossip.accusers(accused.peer_id) == 1
+        assert gossip.refused == {"no voice": 30}
+
+
 def signed(who: Identity, said: Suspicion) -> bytes:
     """An envelope that no honest node would make: ``who`` need not be the accuser."""
     body: bytes = msgpack.packb(said.to_dict())

@@ -55,6 +55,20 @@ def test_a_hole_comes_before_a_larger_gain_elsewhere() -> None:
     assert plan_moves(swarm, 6) == (Move("f0", 4, 6, 2, urgent=True),)
 
 
+def test_a_peer_that_claims_the_speed_of_thousands_draws_nobody_away() -> None:
+    swarm = {f"h{i:02d}": record(f"h{i:02d}", 4 * (i % 2), 4 * (i % 2) + 4) for i in range(20)}
+    liar = record("liar", 0, 4, decode_tps=1e8)
+    before = swarm_throughput(seats(swarm.values(), 8), 8)
+    for _ in range(40):
+        for move in plan_moves([*swarm.values(), liar], 8):
+            if move.peer_id in swarm:
+                swarm[move.peer_id] = replace(swarm[move.peer_id], start=move.start, end=move.end)
+            else:
+                liar = replace(liar, start=move.start, end=move.end)
+    # Without the liar, who may compute nothing at all: it was 10 % of what all others carry.
+    assert swarm_throughput(seats(swarm.values(), 8), 8) >= 0.8 * before
+
+
 def test_nobody_leaves_a_hole_behind() -> None:
     assert plan_moves([record("a", 0, 4), record("b", 4, 6)], 8) == ()
 
@@ -182,6 +196,42 @@ def test_a_peer_that_never_arrives_does_not_hold_the_others_back_for_ever() -> N
     assert node.check(swarm, STUCK_S - 1) is None
     assert node.check(swarm, STUCK_S) is None
     assert node.check(swarm, STUCK_S + 2 * CONFIRM_S) == Move("b", 2, 6, 2)
+
+
+@pytest.mark.parametrize("changes", [{"moving_to": (4, 8)}, {}])
+def test_a_hole_is_not_left_for_ever_to_one_that_never_arrives(changes: dict[str, object]) -> None:
+    swarm = [record(p, 0, 4) for p in "abc"] + [record("x", 4, 8, state="joining", **changes)]
+    node = Rebalancer("a", 8, random.Random(1))
+    node.check(swarm, 0.0)
+    node.check(swarm, STUCK_S)
+    move = node.check(swarm, STUCK_S + 2 * CONFIRM_S)
+    assert move == Move("a", 4, 8, 4, urgent=True)
+
+
+def test_one_passed_over_that_moves_after_all_is_counted_on() -> None:
+    swarm = [record(p, 0, 4) for p in "abc"]
+    node = Rebalancer("b", 8, random.Random(1))
+    assert node.check(swarm, 0.0) is None
+    assert node.check(swarm, PATIENCE_S) is None  # a is passed over
+    swarm[0] = record("a", 0, 4, state="draining", moving_to=(4, 8))
+    late = [node.check(swarm, PATIENCE_S + 1 + k) for k in range(20)]
+    assert late == [None] * 20
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [record("x", 0, 4, state="joining", moving_to=(0, 4))],
+        [record(f"x{k}", 0, 4, state="joining") for k in range(3)],
+    ],
+)
+def test_a_hole_does_not_wait_for_those_who_move_or_join_elsewhere(
+    others: list[Announcement],
+) -> None:
+    swarm = [record(p, 0, 4) for p in "abc"]
+    assert plan_moves(swarm + others, 8) == (Move("a", 4, 8, 4, urgent=True),)
+    to_hole = [record(f"y{k}", 0, 4, state="draining", moving_to=(k, k + 4)) for k in (1, 2)]
+    assert plan_moves(swarm + others + to_hole, 8) == ()  # as many again, and no more
 
 
 def test_while_there_is_a_hole_one_that_cannot_be_spared_fills_it_if_it_gives_up_less() -> None:
