@@ -30,7 +30,16 @@ class ClientParts:
             raise LocalProtocolError("A token id lies outside the vocabulary.")
         return self._client.embed(ids, positions)
 
+    @torch.no_grad()
+    def embed_trainable(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return what `embed` does, as a tensor that autograd takes; the weights stay frozen."""
+        return self.embed(ids, positions).clone()
+
+    def logits_trainable(self, hidden: Tensor) -> Tensor:
+        """Return what `logits` does, with a graph back to `hidden`."""
+        return self._client.logits(hidden.to(dtype=self.dtype, device=self._parts.device)).float()
+
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [T, V] in float32 of hidden states [T, H] as the last block left them."""
-        return self._client.logits(hidden.to(dtype=self.dtype, device=self._parts.device)).float()
+        return self.logits_trainable(hidden)

@@ -50,8 +50,16 @@ class HubRepo:
 
     is_local = False
 
-    def __init__(self, repo: str, revision: str | None, cache_dir: str | Path | None) -> None:
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        first: str = "config.json",
+    ) -> None:
+        """`first`: a small file that the repo must have; by it the commit is found."""
         self._repo, self._cache = repo, Path(cache_dir or constants.HF_HUB_CACHE)
+        self._first = first
         # Every file of the repo (None: small); no dictionary: the hub has not been reached yet.
         self._files: dict[str, Recorded | None] | None = None
         self._away = ""  # why not, as half a sentence
@@ -151,15 +159,15 @@ class HubRepo:
 
     def _resolve(self) -> str:
         """Return the commit of the revision, and make the cache remember it by its name."""
-        if self._files is not None and "config.json" not in self._files:
-            raise self._lacks("config.json")
+        if self._files is not None and self._first not in self._files:
+            raise self._lacks(self._first)
         try:
-            path = self._standard("config.json", local_only=self._files is None)
+            path = self._standard(self._first, local_only=self._files is None)
         except errors.LocalEntryNotFoundError as error:
             if self._files is not None:
                 self._away = "it broke off"
             raise self._unreachable() from error
-        return path.parent.name  # snapshots/<commit>/config.json
+        return path.parent.name  # snapshots/<commit>/<first>
 
     def _lacks(self, file: str) -> ModelError:
         return ModelError(f"{self} lacks the file {file}.", "Choose a complete repo.")

@@ -2,6 +2,7 @@
 
 Tensor by tensor through a memory map that is closed after each block, so that the peak is the
 span's own size plus one block as the file has it. Matrices are quantized while they are read.
+Not in inference mode: autograd refuses to save tensors of that mode, and training passes by them.
 """
 
 from collections.abc import Callable, Iterator
@@ -76,12 +77,12 @@ def load_block_span(
     return Span(config, start, blocks, which, where)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _load_block(checkpoint: Checkpoint, index: int, parts: TorchParts) -> LoadedBlock:
     block = family_of(checkpoint.config).block(parts, checkpoint.config, index)
     for name, tensor in checkpoint.block_tensors(index):
         parts.targets[name](tensor)
-    return LoadedBlock(block, parts.nbytes)
+    return LoadedBlock(block, parts.nbytes, parts.additions)
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def _memory_errors(index: int, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def load_client(
     checkpoint: Checkpoint,
     *,

@@ -100,6 +100,13 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [..., out] of x [..., in]."""
+        if x.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Int8Product.apply(x, self)  # type: ignore[no-untyped-call]
+            return y
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return [..., out] of x [..., in], without a graph."""
         flat = x.reshape(-1, x.shape[-1])
         quantize = _bitsandbytes().functional.int8_vectorwise_quant
         half = flat.to(torch.float16).contiguous()
@@ -109,6 +116,32 @@ class Int8Linear:
         )
         y: Tensor = out if x.ndim == 2 else out.view(*x.shape[:-1], -1)
         return y
+
+    def turned(self, grad: Tensor) -> Tensor:
+        """Return the gradient [..., in] of x for that of the output [..., out].
+
+        As if the weight were what it stands for; some rows of it are expanded at a time.
+        """
+        grad_x = grad.new_zeros((*grad.shape[:-1], self._weight.shape[1]))
+        scales = (self._scales / 127).unsqueeze(1)
+        step = max(1, EXPANDED_NUMBERS // self._weight.shape[1])
+        for at in range(0, len(self._weight), step):
+            rows = self._weight[at : at + step] * scales[at : at + step]
+            grad_x += grad[..., at : at + step] @ rows.to(grad.dtype)
+        return grad_x
+
+
+class _Int8Product(torch.autograd.Function):
+    """The product of an `Int8Linear`, which rounds; its gradient does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.turned(grads[0]), None
 
 
 class Nf4Linear:

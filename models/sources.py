@@ -125,7 +125,10 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise ModelError(f"{path} has {size} bytes, more than the {limit} allowed.")
+            raise ModelError(
+                f"{path} has {size} bytes, more than the {limit} allowed.",
+                "Download or copy it again.",
+            )
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error

@@ -4,7 +4,7 @@ A span keeps no state of any session. Positions come from the caller, caches bel
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,17 +13,20 @@ from petalnode.errors import LocalProtocolError
 from petalnode.models.config import ModelConfig
 from petalnode.models.families.family import Block
 from petalnode.models.kv_cache import RowCache
+from petalnode.models.layers.adapted import Additions
 from petalnode.models.layers.ragged import RaggedBatch, RowSlice
+from petalnode.models.tuning.rows import TunedRows
 
 __all__ = ["LoadedBlock", "RowSlice", "Span"]
 
 
 @dataclass(frozen=True)
 class LoadedBlock:
-    """A block with its weights, which take `nbytes`."""
+    """A block with its weights, which take `nbytes`, and what the running batch adds to it."""
 
     block: Block
     nbytes: int
+    additions: Additions = field(default_factory=Additions)
 
 
 class Span:
@@ -57,7 +60,7 @@ class Span:
 
     def new_row(self, start: int, end: int) -> RowCache:
         """Return an empty cache for one row that passes the blocks [start, end) of this span."""
-        self._check_range(start, end)
+        self.check_range(start, end)
         heads, size = self.config.num_kv_heads, self.config.head_dim
         return RowCache(start, end, heads, size, self.dtype, self.device)
 
@@ -71,18 +74,39 @@ class Span:
         different sub-spans can share the blocks that they share. Raises `LocalProtocolError` where
         the caller breaks these rules.
         """
-        self._check_range(start, end)
+        self.check_range(start, end)
         self._check_rows(x, rows, start, end)
         batch = RaggedBatch(rows, self.dtype, self.device)
         x = x.to(dtype=self.dtype, device=self.device)
-        for one in self._blocks[start - self.start : end - self.start]:
-            x = one.block.forward(x, batch)
+        if any(row.tuning is not None for row in rows):
+            x = self._tuned(x, batch, TunedRows(rows), start, end)
+        else:
+            for one in self._blocks[start - self.start : end - self.start]:
+                x = one.block.forward(x, batch)
         for row in rows:
             if row.cache.end == end:
                 row.cache.advance(row.n)
         return x
 
-    def _check_range(self, start: int, end: int) -> None:
+    def _tuned(
+        self, x: Tensor, batch: RaggedBatch, tuned: TunedRows, start: int, end: int
+    ) -> Tensor:
+        for index in range(start, end):
+            x = self.run_block(index, x, batch, tuned)
+        return x
+
+    def run_block(self, index: int, x: Tensor, batch: RaggedBatch, tuned: TunedRows) -> Tensor:
+        """Return the output [T, H] of block `index` with what the rows add; `x` is left alone."""
+        one = self._blocks[index - self.start]
+        x = tuned.prompted(index, x)
+        one.additions.now = tuned.additions(index)
+        try:
+            return one.block.forward(x, batch)
+        finally:
+            one.additions.now = ()
+
+    def check_range(self, start: int, end: int) -> None:
+        """Raise `LocalProtocolError` for blocks that this span does not hold."""
         if not self.start <= start < end <= self.end:
             raise LocalProtocolError(
                 f"Blocks {start}:{end} were asked of a span that holds {self.start}:{self.end}."

@@ -97,4 +97,5 @@ BLOOM = Family(
     BloomClient,
     blocks="transformer.h.{}.",
     roots=("transformer.", ""),
+    plain_embeddings=False,
 )

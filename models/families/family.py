@@ -31,6 +31,9 @@ class Client(Protocol):
     def embed(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """Return hidden states [T, H] of token ids at their positions in their rows."""
 
+    def normed(self, x_TH: Tensor) -> Tensor:
+        """Return what the head is given of hidden states as the last block left them."""
+
     def logits(self, x_TH: Tensor) -> Tensor:
         """Return logits [T, V] of hidden states as the last block left them."""
 
@@ -56,6 +59,10 @@ class Family:
     """Beginnings of names of tensors of other models in the same files: towers for images."""
     quantized: tuple[str, ...] = ()
     """Values of quant_method that `read` knows; others are refused before."""
+    modules: str = ""
+    """What transformers' module names of a block begin with, where that is not `blocks`."""
+    plain_embeddings: bool = True
+    """Whether the first block sees embeddings as they are looked up (and scaled)."""
 
 
 class SimpleClient:
@@ -89,9 +96,13 @@ class SimpleClient:
             return x_TH
         return x_TH * x_TH.new_tensor(self._scale)  # rounded to the dtype, as it was in training
 
+    def normed(self, x_TH: Tensor) -> Tensor:
+        """See `Client.normed`."""
+        return self._norm(x_TH)
+
     def logits(self, x_TH: Tensor) -> Tensor:
         """See `Client.logits`."""
-        logits_TV = self._head.project(self._norm(x_TH))
+        logits_TV = self._head.project(self.normed(x_TH))
         if self._softcap is None:
             return logits_TV
         return (logits_TV / self._softcap).tanh() * self._softcap

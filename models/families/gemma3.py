@@ -43,7 +43,7 @@ def read_gemma3(read: ConfigReader) -> GemmaConfig:
         raise invalid("final_logit_softcapping", text["final_logit_softcapping"], wanted)
     own = {key: text[key] for key in text if key != "tie_word_embeddings"}
     outer = {key: read.config[key] for key in OUTER if read.config.get(key) is not None}
-    return read_gemma3_text(ConfigReader(own | outer, read.generation))
+    return replace(read_gemma3_text(ConfigReader(own | outer, read.generation)), family="gemma3")
 
 
 def read_gemma3_text(read: ConfigReader) -> GemmaConfig:
@@ -99,4 +99,6 @@ GEMMA3_TEXT = Family(
     roots=ROOTS,
     apart=(*VISION, *(f"model.{one}" for one in VISION)),
 )
-GEMMA3 = replace(GEMMA3_TEXT, name="gemma3", read=read_gemma3)
+GEMMA3 = replace(
+    GEMMA3_TEXT, name="gemma3", read=read_gemma3, modules="model.language_model.layers.{}."
+)

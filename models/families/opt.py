@@ -117,11 +117,15 @@ class OptClient:
             x_TH = self._into(x_TH)
         return x_TH + self._positions.lookup(positions_T + POSITION_OFFSET)
 
-    def logits(self, x_TH: Tensor) -> Tensor:
-        """See `Client.logits`."""
+    def normed(self, x_TH: Tensor) -> Tensor:
+        """See `Client.normed`; projected to the size of the head."""
         if self._norm is not None:
             x_TH = self._norm(x_TH)
-        return self._head.project(x_TH if self._out_of is None else self._out_of(x_TH))
+        return x_TH if self._out_of is None else self._out_of(x_TH)
+
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """See `Client.logits`."""
+        return self._head.project(self.normed(x_TH))
 
 
 def _norm(parts: Parts, config: OptConfig, name: str) -> Layer:
@@ -136,4 +140,5 @@ OPT = Family(
     blocks=ROOT + "layers.{}.",
     roots=(ROOT, "decoder."),
     ignored=("decoder.version",),
+    plain_embeddings=False,
 )

@@ -78,11 +78,16 @@ class Attention:
         if self._query_norm is not None and self._key_norm is not None:
             queries_TND = heads_TND[:, : -2 * self._num_kv_heads]
             keys_TND = heads_TND[:, -2 * self._num_kv_heads : -self._num_kv_heads]
-            queries_TND.copy_(self._query_norm(queries_TND))
-            keys_TND.copy_(self._key_norm(keys_TND))
+            queries_TND.copy_(self._query_norm(_kept(queries_TND)))
+            keys_TND.copy_(self._key_norm(_kept(keys_TND)))
         if self._rope is not None:
             batch.rotate_(heads_TND[:, : -self._num_kv_heads], self._rope)
         return self._out(batch.attend(self._index, heads_TND, self._num_kv_heads, self._scores))
+
+
+def _kept(heads: Tensor) -> Tensor:
+    """Return heads that are about to be overwritten, or a copy where a gradient needs them."""
+    return heads.clone() if heads.requires_grad else heads
 
 
 def projections(

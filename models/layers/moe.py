@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from petalnode.models.layers.mlp import times
 from petalnode.models.layers.parts import Parts
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class MixtureOfExperts:
 def gated(parts: Parts, activation: str) -> Gate:
     """Return activation(gate) * up."""
     act = parts.activation(activation)
-    return lambda gate_SF, up_SF: act(gate_SF).mul_(up_SF)
+    return lambda gate_SF, up_SF: times(act(gate_SF), up_SF)
 
 
 def clamped_swiglu(limit: float, alpha: float = 1.702) -> Gate:

@@ -9,8 +9,9 @@ Suffixes name shapes: T tokens of the batch, n tokens of one row, L tokens that 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +21,69 @@ from petalnode.models.kv_cache import RowCache
 from petalnode.models.layers.attention import Scores
 from petalnode.models.layers.rope import angles, inverse_frequencies, rotate_
 from petalnode.models.rope_config import RopeConfig
+from petalnode.models.tuning.tuning import Tuning
+
+
+class Keys(Protocol):
+    """Where a row's keys and values lie: a `RowCache`, or nowhere but in the batch."""
+
+    def extend(self, block: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Take keys and values [2, K, n, D]; return all keys and all values, each [K, L, D]."""
+
+
+class NoKeys:
+    """For rows that are whole, as in training: what they see is all in the batch."""
+
+    def extend(self, block: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values: there are no others."""
+        keys, values = new.unbind(0)
+        return keys, values
+
+
+class Row(Protocol):
+    """What attention asks of a row's part in a batch."""
+
+    @property
+    def cache(self) -> Keys:
+        """Where its keys and values go."""
+
+    @property
+    def position(self) -> int:
+        """The position of its first token in the batch."""
+
+    @property
+    def n(self) -> int:
+        """Its tokens in the batch."""
 
 
 @dataclass(frozen=True)
 class RowSlice:
-    """The next `n` tokens of one row: they take the positions [position, position + n)."""
+    """The next `n` tokens of one row: they take the positions [position, position + n).
+
+    `tuning`: what the row's client adds to the blocks, on the span's device.
+    """
 
     cache: RowCache
     position: int
     n: int
+    tuning: Tuning | None = None
+
+
+@dataclass(frozen=True)
+class WholeRow:
+    """A row of `n` tokens from position 0 on, for one pass that leaves nothing behind."""
+
+    n: int
+    tuning: Tuning | None = None
+    position: int = 0
+    cache: NoKeys = field(default_factory=NoKeys)
 
 
 class RaggedBatch:
     """What all blocks of one forward pass share: the rows, their angles and their masks."""
 
-    def __init__(self, rows: Sequence[RowSlice], dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = rows
+    def __init__(self, rows: Sequence[Row], dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self._lengths = rows, [row.n for row in rows]
         self._dtype, self._device = dtype, device
         self._angles: dict[RopeConfig, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
@@ -64,11 +112,16 @@ class RaggedBatch:
         if self._decode_only and scores.plain:
             return self._decode(block, q_TKGD, kv_T2KD, scores).view(tokens, -1)
         out: list[Tensor] = []
-        begin = 0
-        for at, row in enumerate(self.rows):
-            new = kv_T2KD[begin : begin + row.n].permute(1, 2, 0, 3)
+        # Cut at once: the gradient of each slice by itself would be of the whole batch's size.
+        cut = zip(
+            self.rows,
+            torch.split(q_TKGD, self._lengths),
+            torch.split(kv_T2KD, self._lengths),
+            strict=True,
+        )
+        for at, (row, q_nKGD, kv_n2KD) in enumerate(cut):
+            new = kv_n2KD.permute(1, 2, 0, 3)
             k_KLD, v_KLD = _seen(row, scores.window, *row.cache.extend(block, new))
-            q_nKGD = q_TKGD[begin : begin + row.n]
             if not scores.plain:
                 out.append(_attend_by_parts(q_nKGD, k_KLD, v_KLD, row, scores))
             elif row.n == 1:
@@ -76,7 +129,6 @@ class RaggedBatch:
             else:
                 mask = self._mask(at, scores.window)
                 out.append(_attend_many(q_nKGD, k_KLD, v_KLD, mask, scores.scale))
-            begin += row.n
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _decode(self, block: int, q_TKGD: Tensor, kv_T2KD: Tensor, scores: Scores) -> Tensor:
@@ -107,7 +159,7 @@ def _inverse(rope: RopeConfig, device: torch.device) -> Tensor:
     return inverse_frequencies(rope).to(device)
 
 
-def _seen(row: RowSlice, window: int | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _seen(row: Row, window: int | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the keys and values that any of a row's new tokens can see."""
     if window is None or row.position < window:
         return keys, values
@@ -115,7 +167,7 @@ def _seen(row: RowSlice, window: int | None, keys: Tensor, values: Tensor) -> tu
     return keys[:, begin:], values[:, begin:]
 
 
-def _distances(row: RowSlice, window: int | None, device: torch.device) -> Tensor:
+def _distances(row: Row, window: int | None, device: torch.device) -> Tensor:
     """Return how far each key that is seen lies before each new token: [n, L], negative ahead."""
     end = row.position + row.n
     begin = 0 if window is None or row.position < window else row.position - window + 1
@@ -157,7 +209,7 @@ def _attend_many(
 
 
 def _attend_by_parts(
-    q_nKGD: Tensor, k_KLD: Tensor, v_KLD: Tensor, row: RowSlice, scores: Scores
+    q_nKGD: Tensor, k_KLD: Tensor, v_KLD: Tensor, row: Row, scores: Scores
 ) -> Tensor:
     """Attend where scores are capped, sloped or compete with sinks; softmax in float32."""
     n, heads_k, heads_g, size = q_nKGD.shape
@@ -178,7 +230,7 @@ def _attend_by_parts(
     return attended.permute(2, 0, 1, 3).reshape(n, -1)
 
 
-def _alibi(scores: Scores, heads_k: int, distances_L: Tensor, row: RowSlice) -> Tensor:
+def _alibi(scores: Scores, heads_k: int, distances_L: Tensor, row: Row) -> Tensor:
     """Return what ALiBi adds to the scores: [K, G, 1, L], by the distances from the last new token.
 
     For the other tokens that is off by the same number for all keys, which softmax does not see.

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from petalnode.models.layers.adapted import AdaptedLinear, Additions
 from petalnode.models.layers.experts import GroupedLinear, Mxfp4Fill, StackedFill
 from petalnode.models.layers.linear import linear
 from petalnode.models.layers.parts import named_sizes
@@ -84,18 +86,45 @@ class VocabularyMatrix:
         """Return the product [T, V] of x [T, H] with every row, in float32."""
         if self._table_VH.dtype == self._dtype:
             return linear(x, self._table_VH, None).float()
-        slices = torch.split(self._table_VH, VOCABULARY_SLICE)
-        return torch.cat([linear(x, one.to(self._dtype), None).float() for one in slices], -1)
+        if x.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _ConvertedProduct.apply(x, self._table_VH)  # type: ignore[no-untyped-call]
+            return y
+        return _by_slices(x, self._table_VH)
+
+
+def _by_slices(x: Tensor, table_VH: Tensor) -> Tensor:
+    slices = torch.split(table_VH, VOCABULARY_SLICE)
+    return torch.cat([linear(x, one.to(x.dtype), None).float() for one in slices], -1)
+
+
+class _ConvertedProduct(torch.autograd.Function):
+    """The product with a table of another dtype, whose converted slices no graph shall keep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table_VH: Tensor) -> Tensor:
+        ctx.table_VH, ctx.dtype = table_VH, x.dtype
+        return _by_slices(x, table_VH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_TV = grads[0].to(ctx.dtype)
+        grad_x = grad_TV.new_zeros((*grad_TV.shape[:-1], ctx.table_VH.shape[1]))
+        slices = torch.split(ctx.table_VH, VOCABULARY_SLICE)
+        for grad, one in zip(torch.split(grad_TV, VOCABULARY_SLICE, -1), slices, strict=True):
+            grad_x += grad @ one.to(ctx.dtype)
+        return grad_x, None
 
 
 class TorchParts:
     """Makes layers in one dtype on one device; `targets`: where a checkpoint's tensors go.
 
+    `additions`: what rows add to the linear layers made here, but routers, heads and experts.
     `quant`: how linear layers keep their weights, one of `petalnode.models.memory.QUANTS`.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, quant: str = "none") -> None:
         self.targets: dict[str, Fill] = {}
+        self.additions = Additions()
         self.device = device
         self._dtype, self._quant = dtype, quant
         self._made: list[AnyLinear | VocabularyMatrix | Tensor] = []
@@ -116,10 +145,26 @@ class TorchParts:
         dense: bool = False,
     ) -> Layer:
         """See `Parts.linear`."""
+        order = None if row_order is None else torch.tensor(row_order, device=self.device)
+        layer = self._named_linear(names, outputs, inputs, bias, order, dense=dense)
+        if dense:
+            return layer
+        return AdaptedLinear(layer, self.additions, list(named_sizes(names, outputs)), order)
+
+    def _named_linear(
+        self,
+        names: str | Sequence[str],
+        outputs: int | Sequence[int],
+        inputs: int,
+        bias: bool,
+        order: Tensor | None,
+        *,
+        dense: bool = False,
+    ) -> AnyLinear:
         sizes = list(named_sizes(names, outputs))
         total = sum(size for _, size in sizes)
         layer = self._layer(total, inputs, self._empty(total) if bias else None, dense=dense)
-        order = None if row_order is None else torch.tensor(row_order)
+        order = None if order is None else order.cpu()
         at = 0
         for name, size in sizes:
             self.targets[f"{name}.weight"] = partial(_fill_rows, layer, at, order)
@@ -135,7 +180,9 @@ class TorchParts:
         many = [names] if isinstance(names, str) else names
         return GroupedLinear(
             [
-                self.linear([name.format(expert) for name in many], outputs, inputs)
+                self._named_linear(
+                    [name.format(expert) for name in many], outputs, inputs, False, None
+                )
                 for expert in range(experts)
             ]
         )

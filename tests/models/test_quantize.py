@@ -24,6 +24,7 @@ from petalnode.errors import ModelError, UsageError
 from petalnode.models import quantize
 from petalnode.models.checkpoint import SINGLE, Checkpoint, open_checkpoint
 from petalnode.models.families import family_of, read_config
+from petalnode.models.layers.adapted import AdaptedLinear
 from petalnode.models.layers.weights import TorchParts
 from petalnode.models.layout import expected_layout
 from petalnode.models.loading import load_block_span
@@ -266,7 +267,9 @@ def test_what_stays_dense(tiny_checkpoint: MakeCheckpoint) -> None:
     """Routers, by request."""
     parts = TorchParts(torch.float32, CPU, "int8")
     assert isinstance(parts.linear("gate", 8, 64, dense=True), weights.Linear)
-    assert isinstance(parts.linear("up", 8, 64), quantize.Int8Linear)
+    up = parts.linear("up", 8, 64)
+    assert isinstance(up, AdaptedLinear)
+    assert isinstance(up.layer, quantize.Int8Linear)
 
 
 def test_numbers_that_are_none() -> None:

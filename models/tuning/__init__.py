@@ -1,0 +1,1 @@
+"""What a client adds to frozen blocks: low-rank matrices and prompts."""
