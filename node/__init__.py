@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from petalnode.errors import PetalnodeError
 
 if TYPE_CHECKING:
+    from petalnode.blocking import open_blocking
     from petalnode.models.sampling import SamplingConfig
     from petalnode.node import Node, NodeOptions, open_node
     from petalnode.session.session import GenerateOptions, Session, Token
@@ -23,6 +24,7 @@ _HOMES = {
     "SamplingConfig": "petalnode.models.sampling",
     "Session": "petalnode.session.session",
     "Token": "petalnode.session.session",
+    "open_blocking": "petalnode.blocking",
     "open_node": "petalnode.node",
 }
 
@@ -34,6 +36,7 @@ __all__ = [
     "SamplingConfig",
     "Session",
     "Token",
+    "open_blocking",
     "open_node",
 ]
 

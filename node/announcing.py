@@ -15,7 +15,7 @@ import trio
 
 from petalnode.p2p.gossip import Gossip
 from petalnode.routing.announcement import Announcement
-from petalnode.routing.beats import next_beat, record_ttl
+from petalnode.routing.beats import Census, next_beat, record_ttl
 
 CHECK_S = 1.0
 """How often a node looks whether its cache is full."""
@@ -27,10 +27,14 @@ FREE_TOKENS = 512
 
 
 class Announcer:
-    """Publishes this node's records. ``said`` is the last one, None before the first."""
+    """Publishes this node's records. ``said`` is the last one, None before the first.
+
+    ``census`` is filled by whoever dials peers.
+    """
 
     def __init__(self, gossip: Gossip, rng: Random) -> None:
         self.said: Announcement | None = None
+        self.census = Census()
         self._gossip = gossip
         self._rng = rng
         self._urgent = trio.Event()
@@ -48,8 +52,7 @@ class Announcer:
 
     async def publish(self, announcement: Announcement) -> None:
         """Tell the swarm at once. Raises InvalidAnnouncement if it does not follow the last one."""
-        await self._gossip.publish(announcement)
-        self.said = announcement
+        self.said = await self._gossip.publish(announcement)
         self._spoke_at = trio.current_time()
 
     async def beat(self, announce: Callable[[], Announcement], room: Callable[[], int]) -> None:
@@ -73,7 +76,7 @@ class Announcer:
                 return
 
     def _swarm_size(self) -> int:
-        return len(self._gossip.view.live(trio.current_time()))
+        return self.census.size(len(self._gossip.view.live(trio.current_time())))
 
 
 def fullness_changed(said: int, now: int) -> bool:

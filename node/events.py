@@ -78,7 +78,8 @@ class Downloading(Event):
 
 @dataclass(frozen=True)
 class Ready(Event):
-    """The node serves its blocks. ``throughput``: tokens/s of the span, decode and forward."""
+    """The node serves its blocks, and offers ``adapters``. ``throughput``: tokens/s of the span,
+    decode and forward."""
 
     event = "ready"
     peer_id: str
@@ -86,6 +87,7 @@ class Ready(Event):
     model: str
     throughput: Mapping[str, float]
     memory: Mapping[str, int]
+    adapters: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,14 @@ class Moving(Event):
     blocks: tuple[int, int]
     to: tuple[int, int]
     sessions: int
+
+
+@dataclass(frozen=True)
+class Refused(Event):
+    """Gossip that this node has refused since it started, by reason."""
+
+    event = "refused"
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,8 @@ class Unused:
 
 @dataclass(frozen=True)
 class Swarm(Event):
-    """Who serves a model. ``copies``: how many peers serve each block, online."""
+    """Who serves a model. ``copies``: how many peers serve each block, online. ``refused``: what
+    the contact passed on about others and is not shown, by reason."""
 
     event = "swarm"
     model: str
@@ -217,6 +228,81 @@ class Swarm(Event):
     peers: Sequence[PeerInfo]
     not_used: Sequence[Unused] = field(default_factory=tuple)
     copies: Sequence[int] = ()
+    refused: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reading(Event):
+    """``done`` of a file's ``total`` bytes are read."""
+
+    event = "reading"
+    file: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TuningData(Event):
+    """A file of examples is read. ``cut`` of its ``rows`` were too long for the context and lost
+    their ends; ``dropped`` more had nothing left to learn then, and are not counted."""
+
+    event = "data"
+    file: str
+    rows: int
+    tokens: int
+    learned: int
+    cut: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class TuningResumed(Event):
+    """The run in ``dir`` goes on after ``step``."""
+
+    event = "resumed"
+    dir: str
+    step: int
+
+
+@dataclass(frozen=True)
+class TuningStep(Event):
+    """``step`` of ``steps`` is done. ``loss``: of its batch before it, nats a token."""
+
+    event = "step"
+    step: int
+    steps: int
+    loss: float
+    tokens_per_s: float
+    learning_rate: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class TuningEval(Event):
+    """The validation loss after ``step``, nats a token; 0 is before the first."""
+
+    event = "eval"
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class TuningSaved(Event):
+    """``dir`` has the adapter and the run as of ``step``."""
+
+    event = "saved"
+    dir: str
+    step: int
+
+
+@dataclass(frozen=True)
+class TuningDone(Event):
+    """All steps are done. ``loss``: of the last batch; ``eval_loss``: the last validation loss."""
+
+    event = "done"
+    loss: float | None
+    eval_loss: float | None
+    steps: int
 
 
 Report = Callable[[Event], None]

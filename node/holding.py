@@ -7,6 +7,7 @@ client's, announces nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -19,6 +20,7 @@ from petalnode.events import Draining, Moving, Ready, Report
 from petalnode.machine import Machine
 from petalnode.models.checkpoint import Checkpoint
 from petalnode.models.span import Span
+from petalnode.models.tuning.tuning import Tuning
 from petalnode.p2p.frames import FrameStream
 from petalnode.protocol import refusal_wire
 from petalnode.routing.announcement import (
@@ -28,6 +30,7 @@ from petalnode.routing.announcement import (
     Announcement,
     State,
 )
+from petalnode.serving.adapters import Offered, find_offered, load_offered, load_remaining
 from petalnode.serving.hop_session import Connect
 from petalnode.serving.known_rates import Rates, rates_key
 from petalnode.serving.service import SpanService, Throughput, load_service
@@ -58,6 +61,7 @@ class Terms:
     kv_tokens: int | None
     replay_log_tokens: int | None
     pinned: bool
+    adapters: tuple[str, ...] = ()
 
 
 class Holding:
@@ -77,8 +81,6 @@ class Holding:
         self.terms = terms
         self.blocks: Blocks | None = None
         self.service: SpanService | None = None
-        self.declines = False
-        """Whether it asks others to move instead of this node."""
         self._swarm = swarm
         self._machine = machine
         self._compute = compute
@@ -88,6 +90,7 @@ class Holding:
         self._report = report
         self._state: State = "joining"
         self._moving_to: Blocks | None = None
+        self._offered: tuple[Offered, ...] = ()
         self._seq = int(machine.wall_clock() * 1e6)
         self._engine_scope = trio.CancelScope()
         config, dtype = terms.checkpoint.config, dtype_name(terms.dtype)
@@ -96,15 +99,21 @@ class Holding:
     @property
     def sessions(self) -> int:
         """Open sessions here."""
-        return self.service.server.sessions if self.service else 0
+        return self.service.sessions if self.service else 0
 
     async def handle(self, stream: FrameStream) -> None:
         """The stream handler of the hop protocol, whatever span is held."""
         if self.service is None:
-            await stream.send(refusal_wire("joining", "this node still loads its blocks"))
-            await stream.aclose()
+            await _refuse_loading(stream)
         else:
             await self.service.server.handle(stream)
+
+    async def handle_training(self, stream: FrameStream) -> None:
+        """The stream handler of the training protocol."""
+        if self.service is None:
+            await _refuse_loading(stream)
+        else:
+            await self.service.training.handle(stream)
 
     async def intend(self, blocks: Blocks) -> None:
         """Tell the swarm which blocks will be loaded here."""
@@ -115,8 +124,14 @@ class Holding:
             self._nursery.start_soon(self._swarm.beat, self.announcement, self._room)
 
     async def load(self) -> None:
-        """Load the blocks that were announced, and serve them. Raises ``ModelError``."""
+        """Load the blocks that were announced, and serve them. Raises ``ModelError``, or
+        ``UsageError`` for an adapter that cannot be offered."""
         assert self.blocks is not None
+        terms = self.terms
+        if terms.adapters:
+            find = partial(find_offered, terms.adapters, terms.checkpoint.config)
+            self._offered = await self._compute.run(find)
+            await self._publish("joining")  # who asks for one by name can wait for it already
         await self._serve(self.blocks, None)
         await self._go_online()
 
@@ -164,8 +179,8 @@ class Holding:
         self.service.server.draining = True
         await self._publish(state)
         with trio.move_on_after(deadline_s):
-            await self.service.server.drain()  # those who are told will not choose us again
-            await self.service.server.wait_idle()
+            await self.service.drain()  # those who are told will not choose us again
+            await self.service.wait_idle()
             return True
         return False
 
@@ -198,6 +213,7 @@ class Holding:
             report=self._report,
             keep=keep,
         )
+        service.server.adapters = await self._load_adapters(blocks)
         self._engine_scope.cancel()
         self._engine_scope = trio.CancelScope()
         self.service = service
@@ -205,6 +221,16 @@ class Holding:
         if rates is not None:
             self._machine.known_rates.put(self._rates_key, rates)
         self._nursery.start_soon(self._run_engine, service, self._engine_scope)
+
+    async def _load_adapters(self, blocks: Blocks) -> dict[str, Tuning]:
+        if not self._offered:
+            return {}
+        config, device = self.terms.checkpoint.config, self.terms.device
+        how = load_offered if self.service is None else load_remaining
+        loaded = await self._compute.run(partial(how, self._offered, config, blocks, device))
+        # A node that moves goes on without adapters whose files are no longer there.
+        self._offered = tuple(one for one in self._offered if one.name in loaded)
+        return loaded
 
     async def _run_engine(self, service: SpanService, scope: trio.CancelScope) -> None:
         with scope:
@@ -217,7 +243,8 @@ class Holding:
         throughput, name = self.service.throughput, self.terms.checkpoint.name
         speeds = {"decode": throughput.decode, "forward": throughput.forward}
         memory = self.service.memory()
-        self._report(Ready(self.terms.peer_id, self.blocks, name, speeds, memory))
+        adapters = tuple(one.name for one in self._offered)
+        self._report(Ready(self.terms.peer_id, self.blocks, name, speeds, memory, adapters))
 
     async def _publish(self, state: State) -> None:
         self._state = state
@@ -250,7 +277,8 @@ class Holding:
             rtts=self._swarm.rtts_to_announce(),
             bandwidth=min(self._meter.bytes_per_s, MAX_BANDWIDTH),
             moving_to=self._moving_to,
-            pinned=terms.pinned or self.declines,
+            pinned=terms.pinned,
+            adapters=tuple(one.name for one in self._offered),
         )
 
     def _room(self) -> int:
@@ -282,6 +310,11 @@ class Holding:
         # A guess by what others say, or by a file: whatever that was, our own record must be valid.
         decode, forward = (min(max(rate / size, MIN_TPS), MAX_TPS) for rate in rates)
         return Throughput(decode, forward)
+
+
+async def _refuse_loading(stream: FrameStream) -> None:
+    await stream.send(refusal_wire("joining", "this node still loads its blocks"))
+    await stream.aclose()
 
 
 def shared(span: Span, blocks: Blocks) -> Span:

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import (
-    AbstractAsyncContextManager,
     AbstractContextManager,
     AsyncExitStack,
     asynccontextmanager,
     nullcontext,
 )
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import trio
 
 from petalnode.bandwidth import BandwidthMeter
-from petalnode.errors import NoRoute, PeerError, UsageError
+from petalnode.errors import PeerError, UsageError
 from petalnode.events import Downloading, Report, ignore
 from petalnode.holding import Holding, Terms, dtype_name
 from petalnode.joining import (
@@ -43,7 +41,10 @@ from petalnode.models.devices import pick_device, pick_dtype
 from petalnode.models.loading import load_client
 from petalnode.models.quantize import check_quant
 from petalnode.models.tokenizer import Tokenizer
+from petalnode.models.tuning.peft_files import Adapter
+from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.nurseries import plain_errors
+from petalnode.opening import Ask, ChainOpener
 from petalnode.options import NodeOptions
 from petalnode.p2p.frames import FrameStream
 from petalnode.p2p.host import Host, open_host
@@ -51,32 +52,21 @@ from petalnode.p2p.identity import Identity, acquire_identity, new_identity
 from petalnode.p2p.memory import memory_frame_pair
 from petalnode.placing import Balancer, choose_span
 from petalnode.protocol import HOP_PROTOCOL
-from petalnode.replacing import SessionReplacements, route_event
 from petalnode.reunion import seek_friends
-from petalnode.routing.chain import Gap, Hop
+from petalnode.routing.chain import Gap
 from petalnode.routing.costs import ANYTHING, Workload
 from petalnode.serving.memory_plan import plan_memory
 from petalnode.serving.service import SpanService, free_memory
-from petalnode.session.chain import Chain, ChainSetup, open_chain
+from petalnode.session.added import Added, find_added
 from petalnode.session.hidden import HiddenSession, check_span
 from petalnode.session.session import IdsSource, Session, check_rows
 from petalnode.swarm import Swarm, open_swarm
+from petalnode.training.opening import open_training
+from petalnode.training.peers import SwarmPeers
+from petalnode.training.protocol import TRAIN_PROTOCOL
+from petalnode.training.session import Desk, TrainingSession
 
 __all__ = ["Node", "NodeOptions", "open_node"]
-
-MAX_CHAINS_TRIED = 4
-"""Chains that a session tries when hops refuse or cannot be reached."""
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """What a chain is opened for. ``gap``: the blocks, None being all of them."""
-
-    workload: Workload
-    report: Report
-    source: IdsSource | None = None
-    rows: int = 1
-    gap: Gap | None = None
 
 
 class Node:
@@ -104,6 +94,8 @@ class Node:
         self._compute = machine.compute()
         self._device = device
         self._dtype = pick_dtype(options.dtype, checkpoint.config.dtype, self._device)
+        token_bytes = checkpoint.config.hidden_size * self._dtype.itemsize
+        self._chains = ChainOpener(checkpoint, swarm, host, self, machine.rng, token_bytes)
         self._holding = self._empty_holding(meter)
         self._balancing = trio.CancelScope()
         self._client: ClientParts | None = None
@@ -140,21 +132,31 @@ class Node:
         if peer_id != self.peer_id:
             return await self._host.open_stream(peer_id, protocol)
         ours, theirs = memory_frame_pair(self.peer_id, self.peer_id)
-        self._nursery.start_soon(self._serve_local, theirs)
+        self._nursery.start_soon(self._serve_local, theirs, protocol)
         return ours
 
     @asynccontextmanager
     async def open_session(
-        self, report: Report = ignore, workload: Workload = ANYTHING, *, rows: int = 1
+        self,
+        report: Report = ignore,
+        workload: Workload = ANYTHING,
+        *,
+        rows: int = 1,
+        adapter: str | Adapter = "",
     ) -> AsyncIterator[Session]:
         """A session over the best chain there is now; leaving it frees its caches everywhere.
 
         ``workload`` is what it needs of every hop: room, context, adapters, exact weights. ``rows``
-        is how many sequences it may have at once: prompts times beams. Waits for blocks that nobody
-        serves, with a reason and a deadline. Raises ``NoRoute``, or what the last chain tried
-        failed with; ``UsageError`` for a number of rows that no session has.
+        is how many sequences it may have at once: prompts times beams. ``adapter`` is one of the
+        caller's own, or the name or place of one as ``--adapter`` takes it. Waits for blocks that
+        nobody serves, with a reason and a deadline. Raises ``NoRoute``, or what the last chain
+        tried failed with; ``UsageError`` for a number of rows that no session has, or an adapter
+        that is not one.
         """
         check_rows(rows)
+        config, compute = self.checkpoint.config, self._compute
+        added = await find_added(adapter, config, self.swarm.live(), compute)
+        workload = added.asked_of(workload)
         with plain_errors():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._load_client)
@@ -163,76 +165,63 @@ class Node:
         assert self._client is not None
         assert self._tokenizer is not None
         async with AsyncExitStack() as stack:
-            source = IdsSource(self._client, self._compute, rows)
-            ask = _Ask(self._sized(workload), report, source, rows)
-            chain = await self._open_chain(stack, ask)
+            source = IdsSource(added.client(self._client), self._compute, rows)
+            ask = Ask(workload, report, source, rows, added=added)
+            chain = await self._chains.open(stack, ask)
             yield Session(chain, source, self._tokenizer, self._compute)
 
     @asynccontextmanager
     async def open_hidden(
-        self, start: int, end: int, report: Report = ignore, workload: Workload = ANYTHING
+        self,
+        start: int,
+        end: int,
+        report: Report = ignore,
+        workload: Workload = ANYTHING,
+        *,
+        rows: int = 1,
+        tuning: Tuning = NOTHING,
     ) -> AsyncIterator[HiddenSession]:
-        """Blocks ``[start, end)`` alone, for hidden states of the caller's.
+        """Blocks ``[start, end)`` alone, with ``tuning`` added, for hidden states of the caller's.
 
         Waits and raises as ``open_session`` does; ``UsageError`` for blocks that there are not.
         """
         check_span(start, end, self.checkpoint.config.num_blocks)
-        ask = _Ask(self._sized(workload), report, gap=Gap(start, end))
-        await self._replacements(ask).find(Gap(start, end), {})  # waits until there are any
+        check_rows(rows)
+        added = Added(tuning=tuning)
+        ask = Ask(workload, report, rows=rows, gap=Gap(start, end), added=added)
+        await self._chains.wait_served(ask)
         await self.swarm.probe()
         async with AsyncExitStack() as stack:
-            chain = await self._open_chain(stack, ask)
+            chain = await self._chains.open(stack, ask)
             yield HiddenSession(chain, self._dtype, self.checkpoint.config.max_positions)
+
+    @asynccontextmanager
+    async def open_training(
+        self, start: int = 0, end: int | None = None, report: Report = ignore
+    ) -> AsyncIterator[TrainingSession]:
+        """Forward and backward through blocks ``[start, end)``, by default all of them.
+
+        What it trains stays here; leaving it makes every hop forget what was sent. Work waits for
+        peers as sessions do. Raises ``UsageError`` for blocks that there are not.
+        """
+        config = self.checkpoint.config
+        span = (start, config.num_blocks if end is None else end)
+        check_span(*span, config.num_blocks)
+        await self._load_client()
+        await self.swarm.probe()
+        assert self._client is not None
+        assert self._tokenizer is not None
+        desk = Desk(config, self._client, self._tokenizer, self._compute)
+        workload = Workload(token_bytes=config.hidden_size * self._dtype.itemsize)
+        peers = SwarmPeers(self.swarm, workload, self._host.learn)
+        fingerprint = self.checkpoint.fingerprint
+        async with open_training(self, fingerprint, peers, desk, span, report) as training:
+            yield training
 
     async def drain(self) -> None:
         """Take no new sessions, tell the swarm, wait until those here end or the deadline."""
         self._balancing.cancel()
         await self._holding.drain()
-
-    def _sized(self, workload: Workload) -> Workload:
-        """The workload with the size of this model's hidden states."""
-        hidden_bytes = self.checkpoint.config.hidden_size * self._dtype.itemsize
-        return replace(workload, token_bytes=workload.token_bytes or hidden_bytes)
-
-    async def _open_chain(self, stack: AsyncExitStack, ask: _Ask) -> Chain:
-        refused: dict[str, PeerError] = {}
-        while True:
-            try:
-                hops = self.swarm.find_chain(ask.workload, exclude=refused, gap=ask.gap)
-            except NoRoute:
-                if refused:  # there was a chain, but it said no: that is what to tell
-                    raise next(reversed(refused.values())) from None
-                # There was one a moment ago: a node drains, or moves. Wait for what comes of it.
-                whole = Gap(0, self.checkpoint.config.num_blocks)
-                hops = tuple(await self._replacements(ask).find(ask.gap or whole, {}))
-            try:
-                chain = await stack.enter_async_context(self._chain(hops, ask))
-            except PeerError as error:
-                self.swarm.note_failure(error)
-                if error.peer_id in refused or len(refused) + 1 >= MAX_CHAINS_TRIED:
-                    raise
-                refused[error.peer_id] = error
-                continue
-            ask.report(route_event(hops))
-            return chain
-
-    def _chain(self, hops: tuple[Hop, ...], ask: _Ask) -> AbstractAsyncContextManager[Chain]:
-        for record in self.swarm.live():
-            self._host.learn(record.peer_id, record.addrs)
-        setup = ChainSetup(
-            opener=self,
-            client=self.peer_id,
-            fingerprint=self.checkpoint.fingerprint,
-            hidden_size=self.checkpoint.config.hidden_size,
-            rows=ask.rows,
-            source=ask.source,
-            replacements=self._replacements(ask),
-            rng=self._machine.rng,
-        )
-        return open_chain(setup, hops)
-
-    def _replacements(self, ask: _Ask) -> SessionReplacements:
-        return SessionReplacements(self.swarm, ask.workload, self._host.learn, ask.report)
 
     async def _load_client(self) -> None:
         """Embeddings, norm, head and tokenizer, once."""
@@ -260,6 +249,7 @@ class Node:
             kv_tokens=options.kv_tokens,
             replay_log_tokens=options.replay_log_tokens,
             pinned=options.blocks is not None,
+            adapters=options.adapters,
         )
         return Holding(
             terms,
@@ -280,6 +270,7 @@ class Node:
         else:
             await choose_span(self._holding, self.swarm, size, self._machine.rng)
         self._host.serve(HOP_PROTOCOL, self._holding.handle)
+        self._host.serve(TRAIN_PROTOCOL, self._holding.handle_training)
         await self._holding.load()
         if pinned is None:
             self._nursery.start_soon(self._balance)
@@ -306,10 +297,11 @@ class Node:
         self._host.learn(peer_id, addrs)
         return await self.open_stream(peer_id, protocol)
 
-    async def _serve_local(self, stream: FrameStream) -> None:
+    async def _serve_local(self, stream: FrameStream, protocol: str) -> None:
         """What the host does for streams from outside: an error costs that stream alone."""
+        training = protocol == TRAIN_PROTOCOL
         try:
-            await self._holding.handle(stream)
+            await (self._holding.handle_training if training else self._holding.handle)(stream)
         except (PeerError, trio.TooSlowError):
             pass
         finally:

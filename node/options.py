@@ -18,7 +18,8 @@ class NodeOptions:
     of as many blocks as fit the free memory. ``identity`` is a key file; a serving node without one
     uses the default file, a client a fresh key. ``port`` 0 takes any free one. Replay logs keep
     ``replay_log_tokens`` hidden states for all sessions together, by default one for each token of
-    the attention cache, at most ``serving.server.DEFAULT_LOG_TOKENS``.
+    the attention cache, at most ``serving.server.DEFAULT_LOG_TOKENS``. ``adapters`` are offered to
+    everybody's sessions: directories or hub repos of LoRA files as ``peft`` saves them.
     """
 
     join: tuple[str, ...] = ()
@@ -32,6 +33,7 @@ class NodeOptions:
     host: str = "0.0.0.0"
     port: int = 0
     announce: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     name: str = ""
     identity: Path | None = None
 

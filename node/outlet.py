@@ -16,7 +16,7 @@ import trio
 from petalnode.errors import PeerError, PeerGone
 from petalnode.p2p.frames import FrameStream
 from petalnode.protocol import Replay, Step
-from petalnode.replay import Source, replayed
+from petalnode.replay import Kept, Source, replayed
 
 OUTBOX_STEPS = 2
 """Steps that wait to be sent while the next is computed; more holds the giver back."""
@@ -35,6 +35,7 @@ class _Attach:
     replay: Replay
     done: trio.Event = field(default_factory=trio.Event)
     error: PeerError | None = None
+    kept: Kept | None = None
 
 
 class Outlet:
@@ -60,8 +61,9 @@ class Outlet:
         """Queue one step [T, H]; waits while others are before it."""
         await self._outbox.send((step, hidden))
 
-    async def attach(self, deliver: Deliver, replay: Replay, stream: FrameStream | None) -> None:
-        """Send to another receiver from now on. Returns when it was brought up to date.
+    async def attach(self, deliver: Deliver, replay: Replay, stream: FrameStream | None) -> Kept:
+        """Send to another receiver from now on. Returns when it was brought up to date, and with
+        how much there was for that.
 
         ``stream``, if any, is reset when it is replaced. Raises what sending failed with.
         """
@@ -73,13 +75,24 @@ class Outlet:
         await item.done.wait()
         if item.error is not None:
             raise item.error
+        assert item.kept is not None
+        return item.kept
 
-    async def bring_up(self, deliver: Deliver, replay: Replay) -> None:
-        """Replay to a receiver that stands by, in the caller's task; steps go on meanwhile."""
+    def kept(self, rows: int) -> Kept:
+        """How much of each row can be sent again now."""
+        return Kept(tuple(map(self.source.length, range(rows))), self.source.complete)
+
+    async def bring_up(self, deliver: Deliver, replay: Replay) -> Kept:
+        """Replay to a receiver that stands by, in the caller's task; steps go on meanwhile.
+
+        Returns how much there was for that.
+        """
+        kept = self.kept(len(replay.start))
         async with aclosing(replayed(self.source, replay)) as steps:
             async for step, hidden in steps:
                 self.replayed_tokens += step.tokens
                 await within_deadline(deliver, step, hidden)
+        return kept
 
     async def _send(self, deliver: Deliver, step: Step, hidden: torch.Tensor) -> None:
         await within_deadline(deliver, step, hidden)
@@ -130,6 +143,7 @@ class Outlet:
 
     async def _attach(self, item: _Attach) -> None:
         self._deliver, self._floor = item.deliver, item.replay.start
+        item.kept = self.kept(len(item.replay.start))
         self._reach = [
             max(start, min(committed, self.source.length(row)))
             for row, (start, committed) in enumerate(

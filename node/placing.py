@@ -25,10 +25,6 @@ CHECK_S = 1.0
 """Between two looks at whether this node should move, in a small swarm."""
 PLAN_SHARE = 0.03
 """Of its time that a node may spend on that; in a large swarm it looks less often."""
-DECLINE_S = 60.0
-"""For how long a node with sessions leaves a move to others that can make it."""
-GIVEN_UP_S = 120.0
-"""How long a node stays after sessions kept it from moving."""
 
 
 async def choose_span(holding: Holding, swarm: Swarm, size: int, rng: Random) -> None:
@@ -67,9 +63,7 @@ class Balancer:
         self._swarm = swarm
         self._compute = compute
         self._own_id = holding.terms.peer_id
-        self._rebalancer = Rebalancer(self._own_id, swarm.num_blocks, rng)
-        self._declines_until = 0.0
-        self._stays_until = 0.0
+        self._rebalancer = Rebalancer({self._own_id}, swarm.num_blocks, rng)
 
     async def run(self) -> None:
         """Look, now and then, and move when it is this node's turn."""
@@ -77,26 +71,18 @@ class Balancer:
         while True:
             await trio.sleep(pause_s)
             now = trio.current_time()
-            self._holding.declines = now < max(self._declines_until, self._stays_until)
-            move = await self._compute.run(partial(self._rebalancer.check, self._swarm.live(), now))
+            records = self._swarm.live()
+            moves = await self._compute.run(partial(self._rebalancer.check, records, now))
             pause_s = max(CHECK_S, (trio.current_time() - now) / PLAN_SHARE)
-            if move is not None and not self._holding.declines:
+            for move in moves:
                 await self._follow(move)
 
     async def _follow(self, move: Move) -> None:
         """Go, unless there are sessions here and others could."""
-        now = trio.current_time()
         if self._holding.sessions and await self._others_can(move):
-            self._declines_until = now + DECLINE_S
-            await self._decline()
+            self._rebalancer.others_first(move)
         elif not await self._holding.move((move.start, move.end)):
-            self._stays_until = trio.current_time() + GIVEN_UP_S
-            await self._decline()
-
-    async def _decline(self) -> None:
-        """Announced as pinned, so that the others' plans pass over this node."""
-        self._holding.declines = True
-        await self._swarm.publish(self._holding.announcement())
+            self._rebalancer.gave_up(self._own_id, trio.current_time())
 
     async def _others_can(self, move: Move) -> bool:
         records, num_blocks = self._swarm.live(), self._swarm.num_blocks

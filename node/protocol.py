@@ -3,6 +3,7 @@
 A hop is opened by its client on a **control** stream, which stays open as long as the session does:
 
     client → hop   open(session, fingerprint, blocks, rows, sender)  → opened | refused(code, why)
+    client → hop   tuning(names, …) + matrices      add these to the blocks    → tuned | error
     client → hop   link(peer, session, replay, …)   push outputs to that peer → linked | error
     client → hop   expect(peer)                      be fed by that peer       → expecting
     client → hop   where()                           which steps came and went → at
@@ -73,7 +74,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Open:
-    """Open blocks ``[start, end)`` for a session; ``sender`` feeds it (None: the client does)."""
+    """Open blocks ``[start, end)`` for a session; ``sender`` feeds it (None: the client does).
+
+    ``adapter`` names one that the node offers, to be added to its blocks.
+    """
 
     session: bytes
     fingerprint: str
@@ -81,6 +85,7 @@ class Open:
     end: int
     rows: int
     sender: str | None = None
+    adapter: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -90,6 +95,7 @@ class Open:
             "blocks": [self.start, self.end],
             "rows": self.rows,
             "sender": self.sender,
+            "adapter": self.adapter,
         }
 
     @classmethod
@@ -108,6 +114,7 @@ class Open:
             end=end,
             rows=whole(header.get("rows"), 1, MAX_ROWS),
             sender=None if sender is None else text(sender),
+            adapter=text(header.get("adapter", "")),
         )
 
 

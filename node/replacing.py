@@ -40,7 +40,7 @@ class SessionReplacements:
                     self._learn(hop.peer_id, self.addrs(hop.peer_id))
                 return hops
             except NoRoute as none:
-                if self._forgive(gap, avoid):
+                if self._ask_again(gap, avoid):
                     continue
                 left = until - trio.current_time()
                 if left <= 0:
@@ -51,10 +51,11 @@ class SessionReplacements:
             with trio.move_on_after(min(left, LOOK_AGAIN_S)):
                 await self._swarm.wait_changed()
 
-    def _forgive(self, gap: Gap, avoid: Mapping[str, PeerError]) -> bool:
-        """Where nobody else is left, ask those again who failed once and are there, but for those
-        whom this session has just lost; whether there are any."""
-        banned = self._swarm.health.banned(trio.current_time())
+    def _ask_again(self, gap: Gap, avoid: Mapping[str, PeerError]) -> bool:
+        """Where nobody else is left, end the bans of those who failed once and are there, but not
+        of those whom this session avoids; whether there are any."""
+        now = trio.current_time()
+        banned = self._swarm.health.banned(now)
         back = [
             record.peer_id
             for record in self._swarm.live()
@@ -62,7 +63,7 @@ class SessionReplacements:
             if record.state == "online" and record.start < gap.last and gap.first < record.end
         ]
         for peer_id in back:
-            self._swarm.health.succeeded(peer_id)
+            self._swarm.health.released(peer_id, now)
         return bool(back)
 
     def is_slow(self, hop: Hop, took_s: float) -> bool:

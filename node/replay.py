@@ -7,6 +7,7 @@ its budget ends it stops growing, and whoever is one hop further up replays the 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +18,15 @@ from petalnode.serving.budget import KvBudget
 MIN_TOKENS = 64
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a sender can give again: ``lengths`` of the rows, from 0 on. ``complete``: all that
+    it ever sent is still there."""
+
+    lengths: tuple[int, ...]
+    complete: bool
+
+
 class Source(Protocol):
     """Where a sender finds again what it sent.
 
@@ -25,6 +35,10 @@ class Source(Protocol):
 
     last_seq: int
     ordered: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of what was sent is lacking."""
 
     def length(self, row: int) -> int:
         """Positions of a row that can be read, from 0 on."""
@@ -45,6 +59,12 @@ class ReplayLog:
         self._held = 0
         self._buffers: list[torch.Tensor | None] = [None] * rows
         self._lengths = [0] * rows
+        self._cut = [False] * rows  # more was sent than there is
+
+    @property
+    def complete(self) -> bool:
+        """See ``Source``."""
+        return not any(self._cut)
 
     def length(self, row: int) -> int:
         """See ``Source``."""
@@ -63,6 +83,7 @@ class ReplayLog:
         if step.order and step.seq > self.ordered:
             self._reorder(step.order)
         elif step.as_of > self.ordered:
+            self._cut = [length > 0 for length in self._lengths]
             self.drop()  # what there is belongs to an arrangement that is past
         self.ordered = max(self.ordered, step.as_of, step.seq if step.order else 0)
         offset = 0
@@ -79,6 +100,7 @@ class ReplayLog:
 
     def _extend(self, segment: Segment, hidden: torch.Tensor) -> None:
         row, end = segment.row, segment.position + segment.n
+        self._cut[row] = True
         if segment.position > self._lengths[row]:
             return
         buffer = self._buffers[row]
@@ -90,6 +112,7 @@ class ReplayLog:
             return
         buffer[segment.position : end] = hidden
         self._lengths[row] = end
+        self._cut[row] = False
 
     def _grow(self, row: int, capacity: int, like: torch.Tensor) -> torch.Tensor | None:
         old = self._buffers[row]
@@ -104,16 +127,19 @@ class ReplayLog:
         return grown
 
     def _reorder(self, order: Sequence[int]) -> None:
-        """Row i becomes a copy of what row ``order[i]`` was."""
-        before = [
-            None if buffer is None else buffer[:length].clone()
-            for buffer, length in zip(self._buffers, self._lengths, strict=True)
-        ]
+        """Row i becomes what row ``order[i]`` was: a copy where another row has that already."""
+        buffers, lengths, cut = self._buffers, self._lengths, self._cut
+        taken: set[int] = set()
         self.drop()
         for row, source in enumerate(order):
-            kept = before[source]
-            if kept is not None and len(kept):
-                self._extend(Segment(row, 0, len(kept), 0), kept)
+            buffer = buffers[source]
+            if buffer is not None and source in taken:
+                self._extend(Segment(row, 0, lengths[source], 0), buffer[: lengths[source]])
+            elif buffer is not None and self._budget.resize(self._held, self._held + len(buffer)):
+                self._held += len(buffer)
+                self._buffers[row], self._lengths[row] = buffer, lengths[source]
+                taken.add(source)
+            self._cut[row] = cut[source] or self._lengths[row] < lengths[source]
 
 
 async def replayed(
@@ -122,12 +148,13 @@ async def replayed(
     """The steps that bring a receiver up to date, as far as the source reaches.
 
     First what is committed, row by row in chunks that nobody awaits; then the pending steps, up to
-    the first that the source does not hold.
+    the first that the source does not hold. The source may change between two of them.
     """
     for row, (start, committed) in enumerate(zip(replay.start, replay.committed, strict=True)):
-        end = min(committed, source.length(row))
-        for position in range(start, end, chunk):
-            n = min(chunk, end - position)
+        for position in range(start, committed, chunk):
+            n = min(chunk, min(committed, source.length(row)) - position)
+            if n <= 0:
+                break
             yield (
                 Step(0, (Segment(row, position, n, 0),), as_of=source.ordered),
                 await source.read(row, position, position + n),

@@ -36,8 +36,8 @@ async def seek_friends(host: Host, swarm: InSwarm) -> None:
         away |= {peer_id: addrs for peer_id, addrs in near.items() if peer_id not in connected}
         near = {peer_id: addrs for peer_id, addrs in live.items() if peer_id in connected}
         away = {peer_id: addrs for peer_id, addrs in away.items() if peer_id not in connected}
-        while len(away) > MAX_FRIENDS:
-            del away[next(iter(away))]
+        while len(away) > MAX_FRIENDS:  # who is still in view is not lost
+            del away[next((peer_id for peer_id in away if peer_id in live), next(iter(away)))]
         lost = next((peer_id for peer_id in away if peer_id not in live), None)
         if lost is not None:
             away[lost] = away.pop(lost)  # the next time it is the next one's turn

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -20,7 +21,7 @@ from petalnode.routing.announcement import Announcement, InvalidAnnouncement, ch
 from petalnode.routing.chain import Router
 from petalnode.routing.costs import Knowledge
 from petalnode.routing.explain import explain
-from petalnode.routing.view import SwarmView
+from petalnode.routing.view import NEWS, SwarmView
 
 PROBE_DEADLINE_S = 3.0
 MAX_PROBES = 32
@@ -32,11 +33,18 @@ MAX_CONTACTS = 8
 class Survey:
     """Looks at one swarm again and again. Made by ``open_survey``."""
 
-    def __init__(self, host: Host, joins: Sequence[Invite | str], fingerprint: str | None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        joins: Sequence[Invite | str],
+        fingerprint: str | None,
+        wall_clock: Callable[[], float],
+    ) -> None:
         self._host = host
         self._joins = list(joins)
         self._others: list[str] = []
         self._fingerprint = fingerprint
+        self._wall_clock = wall_clock
         self._network = next((join.network for join in joins if isinstance(join, Invite)), None)
 
     async def look(self) -> Swarm:
@@ -50,34 +58,41 @@ class Survey:
             self._host, joins, network=self._network, fingerprint=self._fingerprint
         )
         self._network, self._fingerprint = hello.network, hello.fingerprint
-        records = valid_records(hello, time.time())
+        records, refused = valid_records(hello, self._wall_clock())
         self._others = [addr for a in records[:MAX_CONTACTS] for addr in a.addrs]
         rtts = await measure(self._host, records)
-        return describe_swarm(hello.model, hello.blocks, records, rtts)
+        return describe_swarm(hello.model, hello.blocks, records, rtts, refused)
 
 
 @asynccontextmanager
 async def open_survey(
-    joins: Sequence[Invite | str], fingerprint: str | None
+    joins: Sequence[Invite | str],
+    fingerprint: str | None,
+    wall_clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Survey]:
     """A stranger's view of the swarm that ``joins`` name; ``fingerprint`` None: of any model."""
     async with open_host(new_identity(), listen=()) as host:
-        yield Survey(host, joins, fingerprint)
+        yield Survey(host, joins, fingerprint, wall_clock)
 
 
-def valid_records(hello: Hello, wall_now: float) -> list[Announcement]:
+def valid_records(hello: Hello, wall_now: float) -> tuple[list[Announcement], Counter[str]]:
     """What a contact said about its swarm, as far as it is signed, fresh, and of that swarm: the
-    latest of each peer that lives, in the order of their blocks."""
-    view = SwarmView(hello.blocks)
+    latest of each peer that lives, in the order of their blocks; and why others were refused."""
+    view, refused = SwarmView(hello.blocks), Counter[str]()
     for sighting in hello.records:
         try:
             record = unseal(sighting.raw)
             check_clock(record, wall_now)
-        except InvalidAnnouncement:
+        except InvalidAnnouncement as error:
+            refused[error.reason] += 1
             continue
-        if record.fingerprint == hello.fingerprint:
-            view.apply(record, 0.0, sighting.raw, age_s=sighting.age_s)
-    return sorted(view.live(0.0), key=lambda a: (a.start, a.end, a.peer_id))
+        if record.fingerprint != hello.fingerprint:
+            refused["fingerprint"] += 1
+            continue
+        outcome = view.apply(record, 0.0, sighting.raw, age_s=sighting.age_s)
+        if outcome not in NEWS:
+            refused[outcome] += 1
+    return sorted(view.live(0.0), key=lambda a: (a.start, a.end, a.peer_id)), refused
 
 
 async def measure(host: Host, records: Sequence[Announcement]) -> Mapping[str, float]:
@@ -102,7 +117,11 @@ async def measure(host: Host, records: Sequence[Announcement]) -> Mapping[str, f
 
 
 def describe_swarm(
-    model: str, num_blocks: int, records: Sequence[Announcement], rtts: Mapping[str, float]
+    model: str,
+    num_blocks: int,
+    records: Sequence[Announcement],
+    rtts: Mapping[str, float],
+    refused: Mapping[str, int],
 ) -> Swarm:
     """The swarm as seen from here: who a session would use, and why not the others."""
     router, known = Router(num_blocks), Knowledge(rtts=rtts)
@@ -119,6 +138,7 @@ def describe_swarm(
         peers=[peer_info(a, rtts, uses[a.peer_id]) for a in records],
         not_used=[Unused(a.peer_id, uses[a.peer_id]) for a in records if a.peer_id not in used],
         copies=copies(records, num_blocks),
+        refused=dict(refused),
     )
 
 

@@ -29,7 +29,7 @@ from petalnode.routing.chain import Gap, Hop, Route, Router
 from petalnode.routing.costs import ANYTHING, Knowledge, Workload
 from petalnode.routing.explain import explain
 from petalnode.routing.health import PeerHealth
-from petalnode.routing.speeds import SpeedLedger
+from petalnode.routing.speeds import MAX_PEERS, SpeedLedger
 from petalnode.routing.view import SwarmView
 
 MEASURE_DEADLINE_S = 2.0
@@ -58,10 +58,16 @@ class Swarm:
         self._rng: Random = machine.rng
         self._announcer = Announcer(gossip, machine.rng)
         self._watch = Watch(
-            host, gossip, lambda: self._announcer.said, machine.rng, machine.wall_clock
+            host,
+            gossip,
+            lambda: self._announcer.said,
+            self._announcer.census,
+            machine.rng,
+            machine.wall_clock,
         )
         self._router = Router(num_blocks)
         self._decode, self._forward = SpeedLedger(), SpeedLedger()
+        self._measured_on: dict[str, tuple[int, int, str]] = {}  # as _served; oldest first
         self._wanted: list[str] = []
         self._chosen_at = 0.0
         self._changed = trio.Event()
@@ -84,6 +90,7 @@ class Swarm:
     def knowledge(self) -> Knowledge:
         """What this node knows by itself, beyond what the peers say."""
         now = trio.current_time()
+        self._forget_changed(now)
         return Knowledge(
             own_id=self._host.peer_id,
             rtts=self.rtts(),
@@ -178,8 +185,24 @@ class Swarm:
         It did what it was asked: whatever it had failed at before is forgiven.
         """
         ledger = self._forward if bulk else self._decode
-        ledger.observe(peer_id, seconds_per_token / blocks, trio.current_time())
+        now = trio.current_time()
+        self._forget_changed(now)
+        ledger.observe(peer_id, seconds_per_token / blocks, now)
+        if (record := self.view.get(peer_id, now)) is not None:
+            self._measured_on.pop(peer_id, None)
+            self._measured_on[peer_id] = _served(record)
+            if len(self._measured_on) > MAX_PEERS:
+                del self._measured_on[next(iter(self._measured_on))]
         self.health.succeeded(peer_id)
+
+    def _forget_changed(self, now: float) -> None:
+        """Whoever serves other blocks by now, or quantizes otherwise, has yet to be measured."""
+        for peer_id, before in list(self._measured_on.items()):
+            record = self.view.get(peer_id, now)
+            if record is not None and _served(record) != before:
+                del self._measured_on[peer_id]
+                self._decode.forget(peer_id)
+                self._forward.forget(peer_id)
 
     # What we say
 
@@ -221,6 +244,11 @@ class Swarm:
     def _wake(self) -> None:
         changed, self._changed = self._changed, trio.Event()
         changed.set()
+
+
+def _served(record: Announcement) -> tuple[int, int, str]:
+    """What a peer's speed was measured on."""
+    return record.start, record.end, record.quant
 
 
 @asynccontextmanager

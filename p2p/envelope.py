@@ -2,6 +2,10 @@
 
     64 bytes Ed25519 signature | msgpack map of the record
 
+Every node of a swarm gets every record, so the map is kept small: its keys are numbers
+(``compact.KEYS``), ids and fingerprints are bytes, addresses lack the peer id that they end in.
+Keys that are names, with values in full, are read as well.
+
 The signature covers a domain tag and the map, and is checked against the key in the id of the peer
 who speaks (``peer_id`` of an announcement, ``accuser`` of a suspicion): an envelope needs no other
 proof, whoever passed it on. Each kind has its own domain, so none passes for the other.
@@ -9,6 +13,7 @@ proof, whoever passed it on. Each kind has its own domain, so none passes for th
 
 import msgpack
 
+from petalnode.p2p.compact import expand, shorten
 from petalnode.p2p.identity import SIGNATURE_BYTES, Identity, verify
 from petalnode.routing.announcement import Announcement, InvalidAnnouncement
 from petalnode.routing.suspicion import Suspicion
@@ -24,7 +29,7 @@ def seal(identity: Identity, said: Announcement | Suspicion) -> bytes:
     """The envelope of what we say ourselves. Raises InvalidAnnouncement ("size", "signer")."""
     if _speaker(said) != identity.peer_id:
         raise InvalidAnnouncement("signer", "it is about another peer than the one who signs")
-    body: bytes = msgpack.packb(said.to_dict())
+    body: bytes = msgpack.packb(shorten(said.to_dict()))
     envelope = identity.sign(_domain(said) + body) + body
     if len(envelope) > MAX_RECORD_BYTES:
         raise InvalidAnnouncement("size", f"it has {len(envelope)} bytes of {MAX_RECORD_BYTES}")
@@ -47,7 +52,7 @@ def unseal_any(envelope: bytes) -> Announcement | Suspicion:
     if not SIGNATURE_BYTES < len(envelope) <= MAX_RECORD_BYTES:
         raise InvalidAnnouncement("size", f"it has {len(envelope)} bytes of {MAX_RECORD_BYTES}")
     signature, body = envelope[:SIGNATURE_BYTES], envelope[SIGNATURE_BYTES:]
-    plain = _decode(body)
+    plain = expand(_decode(body))
     said: Announcement | Suspicion
     if isinstance(plain, dict) and "accused" in plain:
         said = Suspicion.from_dict(plain)
@@ -75,6 +80,7 @@ def _decode(body: bytes) -> object:
             max_array_len=_MAX_ITEMS,
             max_map_len=_MAX_ITEMS,
             max_ext_len=0,
+            strict_map_key=False,  # numbers; what else may stand there is left out by ``expand``
         )
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise InvalidAnnouncement("malformed", f"not msgpack ({type(error).__name__})") from None

@@ -11,6 +11,7 @@ import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import cast
 
 import trio
 from libp2p.abc import IHost
@@ -75,7 +76,7 @@ class Host:
         self._swarm = swarm
         self._known: dict[str, tuple[str, ...]] = {}
         self._dialling: dict[str, trio.Lock] = {}
-        self._on_disconnect: list[Callable[[str], None]] = []
+        self._on_disconnect: list[tuple[Callable[[str], None], bool | None]] = []
         swarm.libp2p_handlers = libp2p_host.multiselect.handlers
         swarm.on_disconnected = self._disconnected
 
@@ -114,6 +115,16 @@ class Host:
         LocalProtocolError when too many streams to it are open.
         """
         connection = await self._connection(peer_id)
+        try:
+            return await self._open_on(connection, protocol)
+        except PeerGone:
+            if not connection.muxer.said_goodbye:
+                raise
+        # It closed a connection that was idle until now; nothing is wrong with the peer.
+        return await self._open_on(await self._connection(peer_id), protocol)
+
+    async def _open_on(self, connection: Connection, protocol: str) -> FrameStream:
+        peer_id = connection.muxer.peer_id
         stream = connection.muxer.open_stream()
         try:
             with trio.fail_after(OPEN_DEADLINE_S):
@@ -174,10 +185,11 @@ class Host:
         """
         connection = await self._connection(peer_id)
         try:
-            with trio.fail_after(PING_DEADLINE_S):
-                return await connection.muxer.ping()
-        except trio.TooSlowError:
-            raise PeerGone(f"Peer {peer_id} did not answer a ping.", peer_id=peer_id) from None
+            return await _ping_on(connection)
+        except PeerGone:
+            if not connection.muxer.said_goodbye:
+                raise
+        return await _ping_on(await self._connection(peer_id))
 
     def rtt_s(self, peer_id: str) -> float | None:
         """The least round trip measured lately, in seconds; None while unknown."""
@@ -201,13 +213,38 @@ class Host:
         """Who is connected now."""
         return [str(peer_id) for peer_id in self._swarm.connections]
 
-    def on_disconnect(self, callback: Callable[[str], None]) -> None:
-        """Call ``callback(peer_id)`` whenever the last connection to a peer has ended."""
-        self._on_disconnect.append(callback)
+    def is_in_use(self, peer_id: str) -> bool:
+        """Whether a stream of ours is open to or from a peer; gossip's do not count."""
+        held = self._swarm.connections.get(ID.from_string(peer_id), ())
+        return any(cast(Connection, connection).is_in_use for connection in held)
 
-    def _disconnected(self, peer_id: str) -> None:
-        for callback in self._on_disconnect:
-            callback(peer_id)
+    def close_peer(self, peer_id: str) -> None:
+        """Say goodbye on all connections to a peer. It may be dialled again at any time."""
+        for connection in self._swarm.connections.get(ID.from_string(peer_id), ()):
+            cast(Connection, connection).muxer.close()
+
+    def on_disconnect(
+        self, callback: Callable[[str], None], *, goodbye: bool | None = None
+    ) -> None:
+        """Call ``callback(peer_id)`` whenever the last connection to a peer has ended.
+
+        ``goodbye`` True: only where either side closed it; False: only where it broke.
+        """
+        self._on_disconnect.append((callback, goodbye))
+
+    def _disconnected(self, peer_id: str, goodbye: bool) -> None:
+        for callback, wanted in self._on_disconnect:
+            if wanted in (None, goodbye):
+                callback(peer_id)
+
+
+async def _ping_on(connection: Connection) -> float:
+    peer_id = connection.muxer.peer_id
+    try:
+        with trio.fail_after(PING_DEADLINE_S):
+            return await connection.muxer.ping()
+    except trio.TooSlowError:
+        raise PeerGone(f"Peer {peer_id} did not answer a ping.", peer_id=peer_id) from None
 
 
 @asynccontextmanager

@@ -13,43 +13,37 @@ Everything below goes through constructor arguments, public attributes and overr
   control. Nobody here needs it, so it is neither sent nor read.
 - stock answers repeated ids in one IWANT with as many copies, keeps back-offs for any topic name,
   and dials whatever a PRUNE suggests. Here only what concerns our topic gets through, capped.
+- stock repeats our public key in every message, though our id has it.
 - seqnos start at the wall clock in microseconds, not seconds: a quick restart cannot repeat one.
 - stock tries once to reach a peer that connects, and never again if that peer has no gossip yet.
   Here the dialling side opens the first stream, and the other side answers with its own.
-- our own messages go to every subscriber connected (flood publishing, as go-libp2p does), since
-  right after a connection there is no mesh yet.
-- stock measures back-offs and rates by the wall clock, draws peers with the global generator from
-  sets, and runs a thread. Here trio's clock and an injected generator decide, so that the same
-  seed gives the same mesh.
+- messages are pushed or only offered, as their judge decides (``mesh``).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from random import Random
-from typing import cast
+from typing import Literal, cast
 
 import trio
 from google.protobuf.message import DecodeError
 from libp2p.abc import IHost, INetStream
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
-from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.rpc_queue import RpcQueue
-from libp2p.pubsub.validators import signature_validator
+from libp2p.pubsub.validators import PUBSUB_SIGNING_PREFIX, signature_validator
 from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
+from petalnode.p2p.mesh import Router, id_of
 from petalnode.p2p.pubsub_limits import Budgets, SeenMessages
 
-DEGREE, DEGREE_LOW, DEGREE_HIGH = 4, 3, 8
-HEARTBEAT_S = 1
-BACK_OFF_S = 5
 MAX_BACK_OFF_S = 600
 MAX_RPC_BYTES = 1024 * 1024  # libp2p's own limit; an answer to IWANT may be that long
 MAX_IDS = 256  # message ids that one RPC may offer or want
@@ -57,86 +51,14 @@ MAX_ID_BYTES = 128
 MAX_SUBSCRIPTIONS = 16  # in one RPC; other topics than ours are ignored
 MESSAGES_PER_S = 100.0  # new messages that one forwarder may bring
 MESSAGES_BURST = 400.0
-CONTROL_PER_S = 10.0  # offers, and requests, that one peer may send
 FLUSH_POLL_S = 0.01
 _ED25519_ID_BYTES = 38
 _SIGNATURE_BYTES = 64
 
-Accept = Callable[[bytes, str], bool]
-"""Called with the payload and the publisher's peer id; True lets the message be forwarded."""
-
-
-class Router(GossipSub):
-    """GossipSub with petalnode's parameters. ``rng`` chooses peers for the mesh and for gossip."""
-
-    def __init__(self, rng: Random) -> None:
-        super().__init__(
-            protocols=[PROTOCOL_ID_V11],
-            degree=DEGREE,
-            degree_low=DEGREE_LOW,
-            degree_high=DEGREE_HIGH,
-            heartbeat_interval=HEARTBEAT_S,
-            prune_back_off=BACK_OFF_S,
-            unsubscribe_back_off=BACK_OFF_S,
-            adaptive_gossip_enabled=False,
-            eclipse_protection_enabled=False,  # many nodes behind one address is normal at home
-            spam_protection_enabled=False,  # MESSAGES_PER_S stands in for it
-        )
-        self.scorer = None  # all its weights are zero
-        self._rng = rng
-        self.offers = Budgets(CONTROL_PER_S, CONTROL_PER_S)
-        self.requests = Budgets(CONTROL_PER_S, CONTROL_PER_S)
-
-    async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
-        """Queue a message for the peers that should have it."""
-        await super().publish(msg_forwarder, pubsub_msg)
-        self.recent_message_deliveries.clear()  # times for a score that is off; stock keeps all
-
-    def _get_peers_to_send(
-        self, topic_ids: Iterable[str], msg_forwarder: ID, origin: ID, msg_id: bytes | None = None
-    ) -> Iterable[ID]:
-        assert self.pubsub is not None
-        if msg_forwarder != self.pubsub.my_id:
-            return super()._get_peers_to_send(topic_ids, msg_forwarder, origin, msg_id)
-        topics = self.pubsub.peer_topics
-        return set().union(*(topics.get(topic, ()) for topic in topic_ids))
-
-    def select_from_minus(  # type: ignore[override]  # stock's is static and draws by itself
-        self, num_to_select: int, pool: Iterable[ID], minus: Iterable[ID]
-    ) -> list[ID]:
-        """At most so many peers of ``pool`` that are not in ``minus``, drawn with our generator."""
-        candidates = sorted(set(pool).difference(minus), key=ID.to_bytes)
-        return self._rng.sample(candidates, max(0, min(num_to_select, len(candidates))))
-
-    def _add_back_off(
-        self, peer: ID, topic: str, is_unsubscribe: bool, backoff_duration: int = 0
-    ) -> None:
-        until = int(trio.current_time()) + (backoff_duration or BACK_OFF_S)
-        known = self.back_off.setdefault(topic, {})
-        known[peer] = max(known.get(peer, 0), until)
-
-    def _check_back_off(self, peer: ID, topic: str) -> bool:
-        known = self.back_off.get(topic, {})
-        if known.get(peer, 0) > int(trio.current_time()):
-            return True
-        known.pop(peer, None)
-        return False
-
-    def _check_graft_flood_protection(self, peer_id: ID, topic: str) -> bool:
-        return True  # the back-off that the same PRUNE began says the same
-
-    def _check_ihave_rate_limit(self, peer_id: ID, topic: str) -> bool:
-        return self.offers.spend(peer_id)
-
-    def _check_iwant_rate_limit(self, peer_id: ID) -> bool:
-        return self.requests.spend(peer_id)
-
-    def keep_only(self, peers: Container[ID]) -> None:
-        """Forget what is remembered of everybody else."""
-        self.offers.keep_only(peers)
-        self.requests.keep_only(peers)
-        for topic, known in self.back_off.items():
-            self.back_off[topic] = {peer: until for peer, until in known.items() if peer in peers}
+Passing = Literal["push", "offer", ""]
+"""How a message goes on: whole and at once, by its id with the next beat, or not at all."""
+Accept = Callable[[bytes, str], Passing]
+"""Called with the payload and the publisher's peer id."""
 
 
 class OneTopicPubsub(Pubsub):
@@ -163,6 +85,7 @@ class OneTopicPubsub(Pubsub):
         super().__init__(
             host,
             self.mesh_router,
+            msg_id_constructor=id_of,
             max_subscriptions_per_rpc=MAX_SUBSCRIPTIONS,
             max_inbound_rpc_size=MAX_RPC_BYTES,
             allowed_topics={topic},
@@ -213,6 +136,9 @@ class OneTopicPubsub(Pubsub):
         try:
             async with lock:
                 await super()._handle_new_peer(peer_id)
+                # Stock offers what was said meanwhile only if the peer subscribes after this.
+                if peer_id in self.peer_topics.get(self._topic, ()):
+                    await self.mesh_router.send_recent_messages(peer_id, self._topic)
         finally:
             if not lock.locked():
                 self._meeting.pop(peer_id, None)
@@ -227,22 +153,41 @@ class OneTopicPubsub(Pubsub):
             control = tame(rpc.control, self._topic)
             await self.router.handle_rpc(rpc_pb2.RPC(control=control), peer_id)
 
+    async def publish(
+        self, topic_id: str | list[str], data: bytes, passing: Passing = "push"
+    ) -> None:
+        """Sign a message of ours and send it, or offer it. Returns when it is queued."""
+        assert self.sign_key is not None
+        topics = [topic_id] if isinstance(topic_id, str) else topic_id
+        msg = rpc_pb2.Message(
+            data=data, topicIDs=topics, from_id=self.my_id.to_bytes(), seqno=self._next_seqno()
+        )
+        msg.signature = self.sign_key.sign(PUBSUB_SIGNING_PREFIX.encode() + msg.SerializeToString())
+        self.seen_messages.add(id_of(msg))
+        subscribed = self.peer_topics.get(self._topic, set())
+        self._pass_on(msg, subscribed, passing)
+
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        """Check a message, offer it to ``accept``, and pass it on. Our own only goes out."""
-        message_id = self.get_message_id(msg)
+        """Check a message of another's, offer it to ``accept``, and pass it on."""
+        message_id = id_of(msg)
         if self.seen_messages.has(message_id):
+            self.mesh_router.offers.arrived(message_id, msg_forwarder, trio.current_time())
             return
-        if msg_forwarder != self.my_id:
-            if reason := self._flaw(msg_forwarder, msg):
-                self.refused[reason] += 1
-                return
-            # Marked once the signature holds, and whatever becomes of it: before, anybody could
-            # silence a message by sending a false one with its id.
-            self.seen_messages.add(message_id)
-            if not self._accept(msg.data, ID(msg.from_id).to_base58()):
-                return
+        if reason := self._flaw(msg_forwarder, msg):
+            self.refused[reason] += 1
+            return
+        # Marked once the signature holds, and whatever becomes of it: before, anybody could
+        # silence a message by sending a false one with its id.
         self.seen_messages.add(message_id)
-        await self.router.publish(msg_forwarder, msg)
+        self.mesh_router.offers.arrived(message_id, msg_forwarder, trio.current_time())
+        origin = ID(msg.from_id)
+        if passing := self._accept(msg.data, origin.to_base58()):
+            mesh = self.mesh_router.mesh.get(self._topic, set())
+            self._pass_on(msg, mesh - {origin}, passing)
+
+    def _pass_on(self, msg: rpc_pb2.Message, peers: set[ID], passing: Passing) -> None:
+        here = sorted(peers.intersection(self.peer_queues), key=ID.to_bytes)
+        self.mesh_router.pass_on(msg, here, push=passing == "push")
 
     def _flaw(self, forwarder: ID, msg: rpc_pb2.Message) -> str:
         """Why the message is refused, or ""; the cheap checks come first."""

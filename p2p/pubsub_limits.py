@@ -59,13 +59,13 @@ class Budgets:
         self._burst = burst
         self._buckets: dict[ID, _Bucket] = {}
 
-    def spend(self, peer: ID) -> bool:
-        """Take one token; False when the peer has none left."""
+    def spend(self, peer: ID, keep: float = 0.0) -> bool:
+        """Take one token; False when the peer has none left beyond ``keep``."""
         now = trio.current_time()
         bucket = self._buckets.setdefault(peer, _Bucket(self._burst, now))
         refill = (now - bucket.at) * self._per_s
         bucket.tokens, bucket.at = min(bucket.tokens + refill, self._burst), now
-        if bucket.tokens < 1:
+        if bucket.tokens < 1 + keep:
             return False
         bucket.tokens -= 1
         return True

@@ -74,6 +74,12 @@ class Connection(SwarmConn):
         """Close it; the task that serves it does the rest."""
         self.muxer.close()
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is any stream but those of libp2p's services."""
+        services = {cast(MuxedStream, net.muxed_stream).stream.stream_id for net in self.streams}
+        return not self.muxer.streams.keys() <= services
+
     async def net_stream(self, stream: Stream) -> NetStream:
         """A stream as libp2p's services want it."""
         return await self._add_stream(MuxedStream(stream, self.muxed))
@@ -121,7 +127,7 @@ class Swarm(Libp2pSwarm):
         super().__init__(peer_id, peerstore, upgrader, [], connection_config=config)
         self.handlers: dict[str, StreamHandler] = {}
         self.libp2p_handlers: Mapping[TProtocol | None, StreamHandlerFn | None] = {}
-        self.on_disconnected: Callable[[str], None] = lambda _peer_id: None
+        self.on_disconnected: Callable[[str, bool], None] = lambda _peer_id, _goodbye: None
         self._security = NoiseSecurity(key_pair)
         self._nursery = nursery
         self._transport = transport
@@ -192,7 +198,7 @@ class Swarm(Libp2pSwarm):
             del self._by_muxer[muxer]
             self.remove_conn(connection)
             if not self.connections.get(connection.peer_id):
-                self.on_disconnected(muxer.peer_id)
+                self.on_disconnected(muxer.peer_id, muxer.said_goodbye)
         await self.notify_disconnected(connection)
 
     async def close(self) -> None:

@@ -9,7 +9,6 @@ measures the round trip and notices a peer that fell silent.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -28,6 +27,7 @@ from petalnode.p2p.yamux_frames import (
     WINDOW_UPDATE,
     FrameReader,
 )
+from petalnode.p2p.yamux_pings import Pings
 from petalnode.p2p.yamux_stream import Outgoing, Parking, Stream
 from petalnode.p2p.yamux_turns import Turns
 
@@ -43,9 +43,6 @@ PING_INTERVAL_S = 2.0
 SILENCE_LIMIT_S = 6.0
 OVERSLEPT_S = 1.0
 LINGER_S = 4.0
-RTT_SAMPLES = 16
-MAX_PINGS = 64
-PONG_LIMIT_S = 30.0
 _MESSAGES_PER_BATCH = BATCH_BYTES // (2 + MAX_MESSAGE_BYTES)
 _MAX_CREDIT = 1 << 32
 
@@ -60,6 +57,7 @@ class Muxer:
         self.peer_id = session.peer_id
         self.session = session
         self.failure: PeerError | None = None
+        self.said_goodbye = False  # by either side: the connection was closed, it did not break
         self.streams: dict[int, Stream] = {}
         self._on_stream = on_stream
         self._next_id = 1 if session.is_initiator else 2
@@ -74,9 +72,7 @@ class Muxer:
         self._body_stream: Stream | None = None
         self._body_ends = False
         self._last_heard = trio.current_time()
-        self._ping_id = 0
-        self._pings: dict[int, tuple[float, trio.Event]] = {}
-        self._rtts: deque[float] = deque(maxlen=RTT_SAMPLES)
+        self._pings = Pings()
         self._lingering: dict[Stream, float] = {}
 
     # What its owner calls
@@ -84,7 +80,7 @@ class Muxer:
     @property
     def rtt_s(self) -> float | None:
         """The least of the last round trips, in seconds: the path without its queues."""
-        return min(self._rtts) if self._rtts else None
+        return self._pings.rtt_s
 
     async def run(self) -> PeerError:
         """Move bytes until the connection ends; returns why it did."""
@@ -94,13 +90,13 @@ class Muxer:
                     for loop in (self._read_loop, self._write_loop, self._keep_alive):
                         nursery.start_soon(self._guard, loop)
         finally:
-            self.fail(PeerGone("The connection was closed here.", peer_id=self.peer_id))
+            self.fail(self._gone("The connection was closed here."))
         return self.failure or self._misbehaved("is in an impossible state")
 
     def open_stream(self) -> Stream:
         """A new stream. Raises PeerGone, and LocalProtocolError at MAX_STREAMS_EACH_WAY."""
         if self.failure is not None:
-            raise PeerGone(self.failure.cause, peer_id=self.peer_id)
+            raise self._gone(self.failure.cause)
         if self._opened >= MAX_STREAMS_EACH_WAY:
             raise LocalProtocolError(
                 f"{self._opened} streams to peer {self.peer_id} are open, which is the limit.",
@@ -121,15 +117,16 @@ class Muxer:
         sent = trio.current_time()
         await ponged.wait()
         if self.failure is not None:
-            raise PeerGone(self.failure.cause, peer_id=self.peer_id)
+            raise self._gone(self.failure.cause)
         return trio.current_time() - sent
 
     def close(self) -> None:
         """Say goodbye, as far as the socket takes it, and end. Never raises."""
         if self.failure is None:
+            self.said_goodbye = True
             self._control += HEADER.pack(0, GO_AWAY, 0, 0, 0)
             self.flush()
-            self.fail(PeerGone("The connection was closed here.", peer_id=self.peer_id))
+            self.fail(self._gone("The connection was closed here."))
 
     def fail(self, reason: PeerError) -> None:
         """The connection is over: every stream and waiter learns why. Never raises."""
@@ -141,8 +138,7 @@ class Muxer:
             stream.fail(reason)
         self.streams.clear()
         self._lingering.clear()
-        for _, ponged in self._pings.values():
-            ponged.set()
+        self._pings.end()
         self._scope.cancel()
 
     # What its streams call
@@ -158,7 +154,7 @@ class Muxer:
         try:
             self._send_batch()
         except OSError as error:
-            self.fail(self._broken(error))
+            self._fail_broken(error)
             return
         if self.session.blocked or self._has_output:
             self._writer.wake()
@@ -214,9 +210,8 @@ class Muxer:
     def _fill(self, message: memoryview) -> int:
         """Put frames into one Noise message; returns its length."""
         size = len(self._control)
-        if size:
-            message[:size] = self._control
-            self._control.clear()
+        message[:size] = self._control
+        self._control.clear()
         while stream := self._turns.take():
             head = stream.outgoing[0]
             room = len(message) - size - HEADER.size
@@ -291,7 +286,8 @@ class Muxer:
         if kind == PING:
             self._on_ping(flags, value)
         elif kind == GO_AWAY:
-            raise PeerGone(f"Peer {self.peer_id} said goodbye.", peer_id=self.peer_id)
+            self.said_goodbye = True
+            raise self._gone(f"Peer {self.peer_id} said goodbye.")
         else:
             self._on_stream_frame(kind, flags, stream_id, value)
 
@@ -309,7 +305,7 @@ class Muxer:
             self._writer.wake()
         if flags & RST:
             self._forget(stream)
-            stream.fail(PeerGone(f"Peer {self.peer_id} reset the stream.", peer_id=self.peer_id))
+            stream.fail(self._gone(f"Peer {self.peer_id} reset the stream."))
         elif flags & FIN and not (kind == DATA and value):
             self._on_end(stream)
 
@@ -348,21 +344,17 @@ class Muxer:
     # Keeping watch
 
     def _send_ping(self) -> trio.Event:
-        if len(self._pings) >= MAX_PINGS:
+        if self._pings.are_ignored:
             raise self._misbehaved("does not answer pings")
-        self._ping_id = (self._ping_id + 1) % (1 << 32)
-        ponged = trio.Event()
-        self._pings[self._ping_id] = (trio.current_time(), ponged)
-        self._send_control(PING, SYN, 0, self._ping_id)
+        number, ponged = self._pings.send()
+        self._send_control(PING, SYN, 0, number)
         return ponged
 
     def _on_ping(self, flags: int, value: int) -> None:
         if flags & SYN:
             self._send_control(PING, ACK, 0, value)
-        elif value in self._pings:
-            sent, ponged = self._pings.pop(value)
-            self._rtts.append(trio.current_time() - sent)
-            ponged.set()
+        else:
+            self._pings.answered(value)
 
     async def _keep_alive(self) -> None:
         while True:
@@ -374,15 +366,11 @@ class Muxer:
             # If this very program stood still, what the peer sent meanwhile is still unread.
             stood_still = now - slept_from > PING_INTERVAL_S + OVERSLEPT_S
             if now - self._last_heard > SILENCE_LIMIT_S and not stood_still:
-                raise PeerGone(
-                    f"Peer {self.peer_id} fell silent for {now - self._last_heard:.0f} seconds.",
-                    peer_id=self.peer_id,
-                )
+                silence_s = now - self._last_heard
+                raise self._gone(f"Peer {self.peer_id} fell silent for {silence_s:.0f} seconds.")
             for stream in [s for s, until in self._lingering.items() if until <= now]:
                 stream.reset()
-            # A peer may lose a pong when it is busy; that must not count for ever.
-            for lost in [n for n, (sent, _) in self._pings.items() if now - sent > PONG_LIMIT_S]:
-                del self._pings[lost]
+            self._pings.forget_lost(now)
 
     async def _guard(self, loop: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -390,13 +378,22 @@ class Muxer:
         except PeerError as error:
             self.fail(error)
         except OSError as error:
-            self.fail(self._broken(error))
+            self._fail_broken(error)
 
-    def _broken(self, error: OSError) -> PeerGone:
-        return PeerGone(
-            f"The connection to peer {self.peer_id} broke: {error.strerror or error}.",
-            peer_id=self.peer_id,
-        )
+    def _fail_broken(self, error: OSError) -> None:
+        try:
+            # What the peer said last may be unread: a goodbye, which is no failure of its.
+            while self.failure is None and (plain := self.session.try_receive()) is not None:
+                self._frames.feed(plain)
+        except PeerError as last_word:
+            self.fail(last_word)
+        except OSError:
+            pass
+        why = error.strerror or error
+        self.fail(self._gone(f"The connection to peer {self.peer_id} broke: {why}."))
+
+    def _gone(self, cause: str) -> PeerGone:
+        return PeerGone(cause, peer_id=self.peer_id)
 
     def _misbehaved(self, what: str) -> PeerMisbehaved:
         return PeerMisbehaved(f"Peer {self.peer_id} {what}.", peer_id=self.peer_id)

@@ -9,23 +9,45 @@ waits for a record to expire.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable, Mapping
 
 from petalnode.routing.announcement import MAX_TTL_S, Announcement, rtt_key
 
 BEAT_S = 4.0
 """Between two announcements of a node whose state does not change, in a small swarm."""
-SMALL_SWARM = 16
+SMALL_SWARM = 8
 PEER_SHARE_S = 1.25
 """By how much each further peer stretches the interval."""
 JITTER = 0.1
 """Share by which an interval varies, so that nodes that started together do not speak in chorus."""
+CENSUS = 128
+"""Peers met for the first time, the latest, that say how many of a view there really are."""
 MISSED_BEATS = 3
 """After so many a record expires."""
 ANNOUNCED_RTTS = 8
 """More make the estimates of the others hardly better: ``python -m benchmarks routing``."""
 STEADY_RTT = 0.2
 """Share by which a round trip may change before it is announced anew."""
+
+
+class Census:
+    """How many of the listed peers there are, judged by those that were tried.
+
+    Keys cost nothing: thousands of peers that do not exist would make honest ones speak seldom.
+    """
+
+    def __init__(self) -> None:
+        self._reached: deque[bool] = deque(maxlen=CENSUS)
+
+    def note(self, reached: bool) -> None:
+        """A peer that was drawn at random, and never met before, was there or was not."""
+        self._reached.append(reached)
+
+    def size(self, listed: int) -> int:
+        """Of so many, as many as the share that was reached; one more is taken for reached."""
+        share = (1 + sum(self._reached)) / (1 + len(self._reached))
+        return max(1, round(listed * share))
 
 
 def beat_interval(swarm_size: int) -> float:

@@ -1,8 +1,7 @@
 """Which peers a session goes through: the exact least cost, by the terms in ``costs``.
 
 ``Router`` keeps what is costly to make between searches: the delays among all peers. Those change
-when spans or announced round trips do, not with every beat. ``choose_chain`` is one search without
-a memory.
+when spans or announced round trips do, not with every beat.
 """
 
 from __future__ import annotations
@@ -47,16 +46,11 @@ class Hop:
 
 @dataclass(frozen=True)
 class Route:
-    """A chain, what a token costs in it, and how long it keeps the busiest hop busy; seconds.
-
-    ``block_s`` are the seconds a block that were reckoned with, hop by hop: measured speeds are
-    held against them (``speeds.Visit``).
-    """
+    """A chain, what a token costs in it, and how long it keeps the busiest hop busy; seconds."""
 
     hops: tuple[Hop, ...]
     cost_s: float
     stage_s: float
-    block_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -168,24 +162,7 @@ class Router:
             Hop(names[peer], start, end, known.rtts.get(names[peer]))
             for peer, start, end in found.visits
         )
-        prices = problem.prices
-        block_s = tuple(float(prices.block_s[visit.peer]) for visit in found.visits)
-        return Route(hops, cost_of(problem, found), busiest_stage(prices, found), block_s)
-
-
-def choose_chain(
-    announcements: Iterable[Announcement],
-    num_blocks: int,
-    *,
-    rtts: Mapping[str, float],
-    exclude: Collection[str] = (),
-) -> tuple[Hop, ...]:
-    """The cheapest chain over ``[0, num_blocks)``; ties go to the smaller peer id.
-
-    ``rtts`` maps peer ids to seconds. Only peers that are online take part, ``exclude`` does not.
-    Raises NoRoute, which names the blocks that nobody is left to serve.
-    """
-    return Router(num_blocks).find(announcements, Knowledge(rtts=rtts), exclude=exclude).hops
+        return Route(hops, cost_of(problem, found), busiest_stage(problem.prices, found))
 
 
 def uncovered(announcements: Iterable[Announcement], num_blocks: int) -> tuple[int, ...]:
@@ -261,6 +238,8 @@ def no_route(
         reason = why_not(lost[0], workload, known)
         cause = f"{_in_words(missing)} served only by peers that cannot take this session"
         return NoRoute(f"{cause}; of {lost[0].peer_id}: {reason}.", remedy, missing)
+    if not workload.kv_tokens:
+        return NoRoute("No chain leads through the peers that hold the blocks.", remedy)
     cause = f"The peers have no chain with room for {workload.kv_tokens} tokens."
     return NoRoute(cause, "Shorten the session, or wait for others to end.")
 

@@ -63,6 +63,13 @@ class PeerHealth:
         """The peer did what it was asked: everything is forgiven."""
         self._bans.pop(peer_id, None)
 
+    def released(self, peer_id: str, now: float) -> None:
+        """Nobody else is left to ask: the ban ends now. Its strikes stay, so that the next one is
+        longer still."""
+        if peer_id in self._bans:
+            ban = self._bans[peer_id]
+            ban.until = min(ban.until, now)
+
     def banned(self, now: float) -> dict[str, str]:
         """The peers to leave out, each with the words for why."""
         self._forget(now)

@@ -10,12 +10,11 @@ do not take the same window.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from math import fsum
-from statistics import median
 from typing import NamedTuple
 
-from petalnode.routing.capacity import Board, Record, Seat, Trials, believed_seats, bound
+from petalnode.routing.capacity import Board, Record, Seating, Trials
 
 LEVELS = 40
 """Steps in which mean compute is compared: what differs by less leaves the choice to seams."""
@@ -37,25 +36,33 @@ def choose_window(
     loaded, kept unless another is clearly better. Ties go to the lowest start. ``size`` is at
     least 1.
     """
-    size = min(size, num_blocks)
-    others = believed_seats(announcements, num_blocks)
-    if rate is None:
-        rate = median([seat.rate for seat in others]) if others else 1.0
-    ranks = _ranks(others, num_blocks, size, rate)
+    return best_window(Seating(announcements, num_blocks), size, rate, current)
+
+
+def best_window(
+    others: Seating,
+    size: int,
+    rate: float | None = None,
+    current: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """``choose_window`` among peers that are seated already."""
+    size = min(size, others.num_blocks)
+    ranks = _ranks(others, size, others.middle_rate() if rate is None else rate)
     best = min(range(len(ranks)), key=lambda start: (ranks[start], start))
-    if current is not None and current[1] - current[0] == size and current[1] <= num_blocks:
+    if current is not None and current[1] - current[0] == size and current[1] <= others.num_blocks:
         here, there = ranks[current[0]], ranks[best]
         if here.filled == there.filled and here.missing - there.missing < WORTH_MOVING:
             return current
     return best, best + size
 
 
-def block_throughput(taken: Iterable[Seat], num_blocks: int) -> list[float]:
+def block_throughput(board: Board) -> list[float]:
     """Tokens/s of each block if every peer splits its compute evenly over its window."""
-    shares: list[list[float]] = [[] for _ in range(num_blocks)]
-    for seat in taken:
-        for block in range(seat.start, seat.end):
-            shares[block].append(seat.rate / seat.size)
+    shares: list[list[float]] = [[] for _ in range(board.num_blocks)]
+    for start, end, _, rate in board.windows():
+        share = rate / (end - start)
+        for block in range(start, end):
+            shares[block].append(share)
     # fsum: the same sum on every node, in whatever order the records came.
     return [fsum(share) for share in shares]
 
@@ -71,15 +78,17 @@ class _Rank(NamedTuple):
     weakness: list[float]  # the paper's vector
 
 
-def _ranks(others: Sequence[Seat], num_blocks: int, size: int, rate: float) -> list[_Rank]:
+def _ranks(others: Seating, size: int, rate: float) -> list[_Rank]:
     """One for each start."""
-    board = Board(others, num_blocks)
-    goal = _goal(others, num_blocks, size, rate)
+    board, goal = others.board, _goal(others, size, rate)
     trials = Trials(board, goal)
-    weights = block_throughput(others, num_blocks)
-    seams = Counter(edge for seat in others for edge in (seat.start, seat.end))
+    weights = block_throughput(board)
+    seams: Counter[int] = Counter()
+    for start, end, peers, _ in board.windows():
+        seams[start] += peers
+        seams[end] += peers
     ranks = []
-    for start in range(num_blocks - size + 1):
+    for start in range(board.num_blocks - size + 1):
         end = start + size
         copies = board.replicas[start:end]
         # Rounded, so that what hardly differs leaves the choice to what comes next.
@@ -91,7 +100,9 @@ def _ranks(others: Sequence[Seat], num_blocks: int, size: int, rate: float) -> l
     return ranks
 
 
-def _goal(others: Sequence[Seat], num_blocks: int, size: int, rate: float) -> float:
+def _goal(others: Seating, size: int, rate: float) -> float:
     """Tokens/s that the swarm could carry with this node; while blocks lack, an even share."""
-    nodes = [(seat.size, seat.rate) for seat in others] + [(size, rate)]
-    return bound(nodes, num_blocks) or fsum(each for _, each in nodes) / num_blocks
+    best = others.bound((size, rate))
+    if best > 0:
+        return best
+    return fsum([*(seat.rate for seat in others.seats.values()), rate]) / others.num_blocks

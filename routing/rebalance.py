@@ -12,15 +12,15 @@ are asked, so there are others to take its sessions. A peer that is on the list 
 passed over after a while.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
+from math import fsum
 from random import Random
 from typing import NamedTuple, Protocol
 
-from petalnode.routing.capacity import Board, Record, Seat, Trials, believed_seats, bound
+from petalnode.routing.capacity import Board, Record, Seat, Seating, Trials
 from petalnode.routing.placement import WORTH_MOVING
 
 BALANCED = 0.995
@@ -39,9 +39,15 @@ CONFIRM_S = 3.0
 CONFIRM_HOLE_S = 1.0
 PATIENCE_S = 30.0
 """How long the others wait for a peer on the list to announce its move."""
+PATIENCE_HOLE_S = 4.0
 STUCK_S = 600.0
 """Who has been on the move or joining for so long holds nobody back, and is not counted on."""
 PASSED_OVER_S = 600.0
+PASSED_OVER_HOLE_S = 60.0
+GAVE_UP_S = 120.0
+"""How long a node stays after sessions kept it from moving."""
+
+_Turn = tuple[str, bool]  # who is on the list, and whether for a hole
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,79 +81,118 @@ def plan_moves(
     not counted on. Pinned peers are never asked. A hole that nobody is on the way to does not wait
     for those who move or join elsewhere: as many again may move to fill it.
     """
-    taken = {
-        seat.peer_id: seat
-        for seat in believed_seats(records, num_blocks)
-        if seat.peer_id not in passed or seat.status in ("still", "pinned")
-    }
-    counts = Counter(seat.status for seat in taken.values())
-    most = min(MAX_MOVES, max(1, int(len(taken) * MAX_MOVING_SHARE)))
-    busy = counts["joining"] > 1 + len(taken) * MAX_JOINING_SHARE
-    allowed = 0 if busy else most - counts["moving"]
-    moves: list[Move] = []
-    while len(moves) < max(allowed, min(most, 2 * most - counts["moving"])):
-        move = _best_move(list(taken.values()), num_blocks, passed)
-        if move is None or not (move.urgent or len(moves) < allowed):
-            break
+    return best_moves(Seating(records, num_blocks), passed)
+
+
+def best_moves(seating: Seating, passed: Collection[str] = ()) -> tuple[Move, ...]:
+    """``plan_moves`` of peers that are seated already; as they sit, they are left."""
+    undo: list[Seat] = []
+    for peer_id in passed:
+        seat = seating.seats.get(peer_id)
+        if seat is not None and seat.status in ("joining", "moving"):
+            undo.extend(filter(None, [seating.drop(peer_id)]))
+    moves = []
+    for move in _moves(seating, passed):
         moves.append(move)
-        seat = taken[move.peer_id]
-        taken[move.peer_id] = replace(seat, start=move.start, end=move.end, status="moving")
+        undo.extend(filter(None, [seating.sit(move.peer_id, move.start, move.end)]))
+    for seat in reversed(undo):
+        seating.put(seat)
     return tuple(moves)
 
 
-class Rebalancer:
-    """When this node moves. ``check`` it every few seconds and whenever the view changed.
+def _moves(seating: Seating, passed: Collection[str]) -> Iterator[Move]:
+    """One after another; the one that asks for the next has made the last."""
+    counts = dict(seating.counts)
+    most = min(MAX_MOVES, max(1, int(len(seating) * MAX_MOVING_SHARE)))
+    busy = counts.get("joining", 0) > 1 + len(seating) * MAX_JOINING_SHARE
+    moving = counts.get("moving", 0)
+    allowed = 0 if busy else most - moving
+    for number in range(max(allowed, min(most, 2 * most - moving))):
+        move = _best_move(seating, passed)
+        if move is None or not (move.urgent or number < allowed):
+            return
+        yield move
 
-    Time is any monotonic clock, in seconds. ``plan`` is there for simulators that share one plan
-    among nodes with one view.
+
+class Rebalancer:
+    """When a node moves. ``check`` it every few seconds and whenever the view changed.
+
+    ``own``: for whom it decides, one node; in a simulator all that share a view. Time is any
+    monotonic clock, in seconds. ``plan`` is there for those who keep a ``Seating``.
     """
 
-    def __init__(self, peer_id: str, num_blocks: int, rng: Random, plan: Plan = plan_moves) -> None:
-        self._peer_id = peer_id
+    def __init__(
+        self, own: Collection[str], num_blocks: int, rng: Random, plan: Plan = plan_moves
+    ) -> None:
+        self._own = own
         self._num_blocks = num_blocks
         self._rng = rng
         self._plan = plan
-        self._listed: dict[str, float] = {}  # since when each peer has been on the list
+        self._listed: dict[_Turn, float] = {}  # since when each peer has been on the list
+        self._waits: dict[_Turn, float] = {}  # until when those of our own wait
         self._moving: dict[str, float] = {}  # since when each peer has moved, or joined
         self._passed: dict[str, float] = {}  # until when
-        self._wait_s = 0.0
+        self._gave_up: dict[str, float] = {}  # until when
+        self._yielded: dict[str, Move] = {}  # what others may do first
 
-    def check(self, records: Iterable[Record], now: float) -> Move | None:
-        """The move to make now, if any. ``records`` are everybody's, this node's among them."""
+    def check(self, records: Iterable[Record], now: float) -> tuple[Move, ...]:
+        """The moves to make now. ``records`` are everybody's, this node's among them."""
         records = list(records)
         self._pass_over(records, now)
-        moves = self._plan(records, self._num_blocks, passed=self.passed)
-        self._listed = {move.peer_id: self._listed.get(move.peer_id, now) for move in moves}
-        mine = next((move for move in moves if move.peer_id == self._peer_id), None)
-        if mine is None:
-            return None
-        since = self._listed[self._peer_id]
-        if since == now:
-            base = CONFIRM_HOLE_S if mine.urgent else CONFIRM_S
-            self._wait_s = base * self._rng.uniform(1.0, 2.0)
-        return mine if now - since >= self._wait_s else None
+        moves = self._planned(records)
+        turns = {(move.peer_id, move.urgent): move for move in moves}
+        self._listed = {turn: self._listed.get(turn, now) for turn in turns}
+        mine = {turn: move for turn, move in turns.items() if turn[0] in self._own}
+        waits = self._waits
+        self._waits = {t: waits[t] if t in waits else now + self._wait_s(t) for t in mine}
+        return tuple(move for turn, move in mine.items() if now >= self._waits[turn])
 
     @property
     def passed(self) -> frozenset[str]:
         """Whom nobody waits for any more, as of the last ``check``."""
-        return frozenset(self._passed)
+        return frozenset([*self._passed, *self._gave_up])
+
+    def others_first(self, move: Move) -> None:
+        """The node would rather not: whoever else is able may go, and it goes if nobody does."""
+        self._yielded[move.peer_id] = move
+
+    def gave_up(self, peer_id: str, now: float) -> None:
+        """The node could not drain: it stays for a while."""
+        self._gave_up[peer_id] = now + GAVE_UP_S
+
+    def _wait_s(self, turn: _Turn) -> float:
+        return (CONFIRM_HOLE_S if turn[1] else CONFIRM_S) * self._rng.uniform(1.0, 2.0)
+
+    def _planned(self, records: Sequence[Record]) -> tuple[Move, ...]:
+        """The list, without those who yielded for as long as there are others."""
+        passed = self.passed
+        while self._yielded:
+            moves = self._plan(records, self._num_blocks, passed=passed.union(self._yielded))
+            alone = [
+                peer_id
+                for peer_id, mine in self._yielded.items()
+                if not any(other.urgent >= mine.urgent for other in moves)
+            ]
+            if not alone:
+                return moves
+            for peer_id in alone:
+                del self._yielded[peer_id]
+        return self._plan(records, self._num_blocks, passed=passed)
 
     def _pass_over(self, records: Iterable[Record], now: float) -> None:
         """No more waiting for those who are listed and do not move, or load and never arrive."""
         moving = [a.peer_id for a in records if a.moving_to is not None or a.state == "joining"]
         self._moving = {peer: self._moving.get(peer, now) for peer in moving}
-        fresh = {peer for peer, since in self._moving.items() if now - since < STUCK_S}
         self._passed = {p: until for p, until in self._passed.items() if until > now}
-        for peer in fresh & self._passed.keys():  # it moves after all, and is counted on again
-            del self._passed[peer]
-        for waited, limit in ((self._listed, PATIENCE_S), (self._moving, STUCK_S)):
-            for peer, since in waited.items():
-                if peer != self._peer_id and now - since >= limit:
-                    self._passed.setdefault(peer, now + PASSED_OVER_S)
-
-    def gave_up(self, now: float) -> None:
-        """The node could not drain: it lets others go first."""
-        self._passed[self._peer_id] = now + PASSED_OVER_S
+        self._gave_up = {p: until for p, until in self._gave_up.items() if until > now}
+        for peer, since in self._moving.items():
+            if now - since < STUCK_S:  # it moves after all, and is counted on again
+                self._passed.pop(peer, None)
+            elif peer not in self._own:
+                self._passed.setdefault(peer, now + PASSED_OVER_S)
+        for (peer, urgent), since in self._listed.items():
+            if peer not in self._own and now - since >= (PATIENCE_HOLE_S if urgent else PATIENCE_S):
+                self._passed[peer] = now + (PASSED_OVER_HOLE_S if urgent else PASSED_OVER_S)
 
 
 class _Merit(NamedTuple):
@@ -160,22 +205,22 @@ class _Merit(NamedTuple):
 class _Goal:
     """What a swarm could carry, and what it lacks for that."""
 
-    def __init__(self, taken: Sequence[Seat], num_blocks: int) -> None:
-        best = bound(((seat.size, seat.rate) for seat in taken), num_blocks)
-        self.board = Board(taken, num_blocks)
+    def __init__(self, seating: Seating) -> None:
+        best = seating.bound()
+        self.board = seating.board
         self.fits = best > 0
-        self.tps = best or sum(seat.rate for seat in taken) / num_blocks
-        self.missing = self.board.shortfall(self.tps)
+        self.tps = best or fsum(seat.rate for seat in seating.seats.values()) / seating.num_blocks
+        self._trials = Trials(self.board, self.tps)
+        self.missing = self._trials.missing
         self.holes = self.board.replicas.count(0)
         self.singles = self.board.replicas.count(1)
-        serving = Board([s for s in taken if s.status in ("still", "pinned")], num_blocks)
-        self._serving = serving.replicas
+        self._serving = seating.serving
         self.balanced = self.fits and self.board.shortfall(BALANCED * self.tps) == 0
 
     def slack(self, seat: Seat) -> float:
         """Share of the peer's compute that the swarm would not miss."""
         with _lifted(self.board, seat):
-            lost = self.board.shortfall(self.tps) - self.missing
+            lost = self._trials.anew(seat.start, seat.end) - self.missing
         return 1 - lost / seat.rate
 
     def can_spare(self, seat: Seat) -> bool:
@@ -250,16 +295,20 @@ class _Places:
 @contextmanager
 def _lifted(board: Board, seat: Seat) -> Iterator[None]:
     """The board without the peer."""
-    board.put(seat.start, seat.end, -seat.rate)
+    board.take(seat.start, seat.end, seat.rate)
     yield
     board.put(seat.start, seat.end, seat.rate)
 
 
-def _best_move(taken: Sequence[Seat], num_blocks: int, passed: Collection[str]) -> Move | None:
-    goal = _Goal(taken, num_blocks)
+def _best_move(seating: Seating, passed: Collection[str]) -> Move | None:
+    goal = _Goal(seating)
     if goal.balanced and not goal.singles:
         return None
-    able = [seat for seat in taken if seat.status == "still" and seat.peer_id not in passed]
+    able = [
+        seat
+        for peer_id, seat in seating.seats.items()
+        if seat.status == "still" and peer_id not in passed
+    ]
     spare = [seat for seat in able if goal.can_spare(seat)]
     found = [item for seat in _donors(goal, spare) for item in goal.moves(seat)]
     if goal.holes and not found:  # nothing is served meanwhile, so nobody is indispensable

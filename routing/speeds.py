@@ -7,9 +7,6 @@ before somebody measured it here, and afterwards for no more than what was measu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 
 from petalnode.routing.coordinates import Floats
@@ -20,17 +17,9 @@ WEIGHT = 0.3
 MAX_RATIO = 16.0
 """By how much one sample may change a peer's time: one hiccup is not a verdict."""
 MEMORY_S = 900.0
-"""For how long a measurement counts: whoever was blamed with others gets another chance."""
+"""For how long a measurement counts: whoever was slow gets another chance."""
 MAX_PEERS = 1024
 """Peers remembered; the one measured longest ago makes room."""
-
-
-class Visit(NamedTuple):
-    """A hop as far as its speed goes; ``block_s`` is what was believed when it was chosen."""
-
-    peer_id: str
-    blocks: int
-    block_s: float
 
 
 class SpeedLedger:
@@ -57,20 +46,6 @@ class SpeedLedger:
         self._known[peer_id] = block_s, now
         if len(self._known) > MAX_PEERS:
             del self._known[next(iter(self._known))]
-
-    def observe_chain(self, visits: Sequence[Visit], compute_s: float, now: float) -> None:
-        """A token took ``compute_s`` in all hops together, delays taken off.
-
-        Nothing says which hop it was, so each is held to have missed its expectation by the same
-        factor. Over many chains only the slow one misses in all of its own.
-        """
-        known = self.block_s(now)
-        expected = [known.get(visit.peer_id, visit.block_s) for visit in visits]
-        total_s = sum(v.blocks * s for v, s in zip(visits, expected, strict=True))
-        if not (0 < total_s < float("inf") and 0 < compute_s < float("inf")):
-            return
-        for visit, block_s in zip(visits, expected, strict=True):
-            self.observe(visit.peer_id, block_s * compute_s / total_s, now)
 
     def forget(self, peer_id: str) -> None:
         """The peer is gone, or has other blocks now."""

@@ -13,6 +13,7 @@ accuser is the signer, is the caller's to check.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from petalnode.routing.view import SwarmView
 
 WITNESSES = 2
 """Independent accusers that it takes; a probe of our own counts for all of them."""
-CONFIRM_S = 8.0
+CONFIRM_S = 11.0
 """For the accused to hear of it and its refutation to arrive: gossip's way to and fro."""
 LIFE_S = 60.0
 """How long an accusation counts, and how old one may be on its arrival, give or take the skew."""
@@ -93,7 +94,7 @@ class _Case:
     seq: int
     opened_at: float
     accusers: set[str] = field(default_factory=set)
-    seen_alive: bool = False  # by a probe of our own
+    seen_at: float = -math.inf  # by a probe of our own
     ours: bool = False  # a probe of our own failed
 
 
@@ -128,7 +129,11 @@ class Suspicions:
             return "full"
         case = self._cases.setdefault(said.accused, _Case(record.seq, now))
         if said.accuser in case.accusers:
-            return "known"
+            if not self._has_faded(case, now):
+                return "known"
+            case.accusers.clear()  # it says so again: we looked before it may have died
+        if self._has_faded(case, now):
+            case.opened_at, case.seen_at = now, -math.inf
         case.accusers.add(said.accuser)
         return "suspected"
 
@@ -139,21 +144,26 @@ class Suspicions:
             return None
         self._settle(now)
         case = self._cases.setdefault(peer_id, _Case(record.seq, now))
-        case.ours, case.seen_alive = True, False
+        case.ours, case.seen_at = True, -math.inf
         if len(case.accusers) >= WITNESSES:
             return None
         return Suspicion(self._own_id, peer_id, record.seq, wall_now)
 
-    def probe_succeeded(self, peer_id: str) -> None:
-        """We reached a peer: whatever others say, for us it lives."""
+    def probe_succeeded(self, peer_id: str, now: float) -> None:
+        """We reached a peer: whatever others have said so far, for us it lives."""
         case = self._cases.get(peer_id)
         if case is not None:
-            case.seen_alive, case.ours = True, False
+            case.seen_at, case.ours = now, False
 
     def suspected(self, now: float) -> set[str]:
         """The peers to use last, and to probe."""
         self._settle(now)
-        return {peer_id for peer_id, case in self._cases.items() if not case.seen_alive}
+        return {peer_id for peer_id, case in self._cases.items() if case.seen_at < case.opened_at}
+
+    def is_accused(self, peer_id: str, now: float) -> bool:
+        """Whether anybody waits for the answer of a peer, seen alive by us or not."""
+        self._settle(now)
+        return peer_id in self._cases
 
     def dead(self, now: float) -> list[str]:
         """The peers that are dead by now and are to leave the view; each is told once."""
@@ -164,9 +174,13 @@ class Suspicions:
         return sorted(found)
 
     def _is_proven(self, case: _Case, now: float) -> bool:
-        if case.seen_alive:
+        if case.seen_at >= case.opened_at:
             return False
         return case.ours or (len(case.accusers) >= WITNESSES and now - case.opened_at >= CONFIRM_S)
+
+    def _has_faded(self, case: _Case, now: float) -> bool:
+        """Whether we saw the accused alive, but too long ago to know better than its accusers."""
+        return case.opened_at <= case.seen_at <= now - CONFIRM_S
 
     def _settle(self, now: float) -> None:
         """Close the cases that a newer record refuted, and those that ran out of time."""

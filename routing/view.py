@@ -120,6 +120,26 @@ class SwarmView:
         if len(self._proven) < self._max_peers:
             self._proven.add(peer_id)
 
+    def is_proven(self, peer_id: str) -> bool:
+        """Whether this node has reached the peer, as long as it is remembered."""
+        return peer_id in self._proven
+
+    def revive(self, peer_id: str, now: float) -> bool:
+        """A peer that was forgotten is alive after all: whether its last record still counts."""
+        if not self.would_live(peer_id, now):
+            return False
+        if not self._entries[peer_id].alive:
+            self._entries[peer_id].alive = True
+            self._changed()
+        return True
+
+    def would_live(self, peer_id: str, now: float) -> bool:
+        """Whether the last record of a peer, forgotten or not, is neither goodbye nor expired."""
+        entry = self._entries.get(peer_id)
+        return (
+            entry is not None and entry.announcement.state != "offline" and entry.expires_at > now
+        )
+
     def forget(self, peer_id: str) -> bool:
         """Drop a peer that was found dead. Only a newer record of its own brings it back."""
         entry = self._entries.get(peer_id)

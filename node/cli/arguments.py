@@ -18,6 +18,7 @@ EXAMPLES = {
     "run": "petalnode run meta-llama/Llama-3.1-8B --num-blocks 8 --join pn1:…",
     "generate": "petalnode generate demo 'def fibonacci(n):' --join pn1:… --max-new-tokens 64",
     "status": "petalnode status --join pn1:…",
+    "tune": "petalnode tune demo --data examples.jsonl --method lora --out adapter --join pn1:…",
     "demo": "petalnode demo",
 }
 JOIN_HELP = "invite (pn1:…) or multiaddr ending in /p2p/<peer id>; repeats"
@@ -47,6 +48,7 @@ def build_parser(verb: str, environ: Mapping[str, str]) -> argparse.ArgumentPars
     _run(_verb(verbs, "run", "serve: join or found a swarm, hold a span of a model's blocks"))
     _generate(_verb(verbs, "generate", "stream a completion to stdout"))
     _status(_verb(verbs, "status", "who serves which blocks, health, coverage"))
+    _tune(_verb(verbs, "tune", "train prompts or LoRA through the swarm"))
     _demo(_verb(verbs, "demo", "a whole swarm on this machine with the bundled model"))
     if verb in verbs.choices:
         _apply_environment(verbs.choices[verb], environ)
@@ -81,7 +83,7 @@ def _run(verb: argparse.ArgumentParser) -> None:
     add("--announce", action="append", default=[], metavar="MULTIADDR", help=ANNOUNCE_HELP)
     add("--name", default="", help="shown to others in status")
     add("--identity", metavar="FILE", help="key file, made on first use")
-    add("--adapter", action="append", default=[], metavar="ID", help="not built yet")
+    add("--adapter", action="append", default=[], metavar="ID", help=OFFER_HELP)
     add("--api-port", type=port, metavar="P", help="not built yet")
     _add_checkpoint(verb)
 
@@ -98,7 +100,7 @@ def _generate(verb: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default 1: none")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--num-beams", type=positive, default=1, metavar="N", help="beam search; 1: none")
-    add("--adapter", action="append", default=[], metavar="ID", help="not built yet")
+    add("--adapter", default="", metavar="ID", help=ADAPTER_HELP)
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeats")
     add("--dtype", default="auto", choices=DTYPES, help="of embeddings and head")
     _add_checkpoint(verb)
@@ -112,6 +114,27 @@ def _status(verb: argparse.ArgumentParser) -> None:
     _add_checkpoint(verb)
 
 
+def _tune(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("model", metavar="MODEL", help="hub id (org/name[@revision]), directory, or demo")
+    add("--join", action="append", default=[], metavar="JOIN", help=JOIN_HELP)
+    add("--data", required=True, metavar="FILE", help=DATA_HELP)
+    add("--eval", metavar="FILE", help="JSON lines to take a validation loss of")
+    add("--method", default="lora", choices=METHODS, help="what is trained (default lora)")
+    add("--prompt-tokens", type=positive, default=16, metavar="N", help="of a prompt; default 16")
+    add("--rank", type=positive, default=8, metavar="N", help="of LoRA's matrices; default 8")
+    add("--target", action="append", default=[], metavar="NAME", help=TARGET_HELP)
+    add("--steps", type=positive, default=100, metavar="N", help="of the optimizer; default 100")
+    add("--batch-size", type=positive, default=8, metavar="N", help="examples a step; default 8")
+    add("--lr", type=float, metavar="X", help="the highest learning rate (default: the method's)")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same run")
+    add("--out", required=True, metavar="DIR", help="where the adapter goes, and the run's state")
+    add("--resume", action="store_true", help="go on with the run that DIR has")
+    add("--save-every", type=positive, default=25, metavar="N", help=SAVE_HELP)
+    add("--dtype", default="auto", choices=DTYPES, help="of embeddings and head")
+    _add_checkpoint(verb)
+
+
 def _demo(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--prompt", default="", help="what to complete instead of the usual text")
 
@@ -121,7 +144,19 @@ def _add_checkpoint(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cache-dir", metavar="DIR", help="where downloads go (default: HF_HOME)")
 
 
-UNBUILT: Mapping[str, Any] = {"adapter": [], "api_port": None}
+UNBUILT: Mapping[str, Any] = {"api_port": None}
+OFFER_HELP = "LoRA files to offer by name: a directory or hub repo; repeats"
+ADAPTER_HELP = "a directory or hub repo of your own, or the name of one that nodes offer"
+METHODS = ("prompt", "deep-prompt", "lora")
+DATA_HELP = (
+    'JSON lines, each with "text", with "prompt" and "completion", or with "messages" for the '
+    "model's chat template"
+)
+TARGET_HELP = (
+    "layer to adapt by LoRA, such as q_proj, or all-linear; repeats (default: attention's queries "
+    "and values)"
+)
+SAVE_HELP = "evaluate and save every N steps and at the end; default 25"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTS = ("none", "int8", "nf4")
 REPLAY_LOG_HELP = (
@@ -169,6 +204,7 @@ def _apply_environment(verb: argparse.ArgumentParser, environ: Mapping[str, str]
         name = "PETALNODE_" + action.dest.upper()
         if name in environ:
             action.default = _environment_value(verb, action, name, environ[name])
+            action.required = False
 
 
 def _environment_value(

@@ -61,6 +61,7 @@ async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report)
 
     A beam search reports tokens when all beams agree on them, the last ones at its end.
     """
+    from petalnode.demand import demand
     from petalnode.models.sampling import SamplingConfig
     from petalnode.node import NodeOptions, open_node
     from petalnode.session.session import GenerateOptions
@@ -78,11 +79,15 @@ async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report)
         num_beams=arguments.num_beams,
     )
     node_options = NodeOptions(join=tuple(arguments.join), dtype=arguments.dtype)
+    prompt = checkpoint.tokenizer().encode(arguments.prompt)
+    workload = demand(len(prompt), options, checkpoint.config.max_positions)
     async with (
         open_node(checkpoint, node_options, report) as node,
-        node.open_session(report, rows=options.num_beams) as session,
+        node.open_session(
+            report, workload, rows=options.num_beams, adapter=arguments.adapter or ""
+        ) as session,
     ):
-        generation = session.generate(arguments.prompt, options)
+        generation = session.generate(prompt, options)
         async for token in generation:
             report(TokenEvent(token.id, token.text, token.position, round(token.ms, 3)))
         report(

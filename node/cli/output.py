@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from petalnode import events
-from petalnode.cli.swarm_table import short, swarm_lines
+from petalnode.cli.swarm_table import counted, short, swarm_lines
 from petalnode.events import Event, Report
 from petalnode.models.memory import readable_bytes
 
@@ -109,6 +109,7 @@ def _ready(event: events.Ready) -> None:
     note(
         f"ready: {short(event.peer_id)} serves {span(event.blocks)} of {event.model}, "
         f"{event.throughput['decode']:.0f} tokens/s; weights {weights:.0f} MiB, peak {peak:.0f} MiB"
+        + (f"; offers {', '.join(event.adapters)}" if event.adapters else "")
     )
 
 
@@ -119,6 +120,10 @@ def _draining(event: events.Draining) -> None:
 def _moving(event: events.Moving) -> None:
     wait = f", once {event.sessions} sessions have ended" if event.sessions else ""
     note(f"moving from {span(event.blocks)} to {span(event.to)}, which the swarm needs more{wait}")
+
+
+def _refused(event: events.Refused) -> None:
+    note(f"gossip refused so far: {counted(event.counts)}")
 
 
 def _stopped(event: events.Stopped) -> None:
@@ -139,8 +144,9 @@ def _hop(hop: events.HopInfo) -> str:
 
 
 def _recovered(event: events.Recovered) -> None:
-    lost = ", ".join(map(short, event.lost)) or "a hop"
-    note(f"\n  [lost {lost}; others took over in {event.stall_ms:.0f} ms, the text goes on]")
+    lost = ", ".join(map(short, event.lost))
+    what = f"lost {lost}; others took over" if lost else "two hops lost sight of each other; mended"
+    note(f"\n  [{what} in {event.stall_ms:.0f} ms, the text goes on]")
 
 
 def _token(event: events.TokenEvent) -> None:
@@ -167,6 +173,7 @@ SENTENCES: dict[type[Event], Callable[..., None]] = {
     events.Ready: _ready,
     events.Draining: _draining,
     events.Moving: _moving,
+    events.Refused: _refused,
     events.Stopped: _stopped,
     events.Waiting: _waiting,
     events.Route: _route,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import signal
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import trio
 
 from petalnode.cli.output import end_progress, reporter
-from petalnode.events import Report, Stopped
+from petalnode.events import Refused, Report, Stopped
 from petalnode.joining import parse_joins
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
+from petalnode.options import NodeOptions
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REFUSALS_EVERY_S = 60.0
+"""How often at most it is told what gossip was refused."""
 
 
 def main(arguments: Namespace) -> int:
@@ -33,9 +36,29 @@ def main(arguments: Namespace) -> int:
 
 async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) -> None:
     """One node, until told to stop."""
-    from petalnode.node import NodeOptions, open_node
+    from petalnode.node import open_node
 
-    options = NodeOptions(
+    options = node_options(arguments)
+    drained = False
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        async with trio.open_nursery() as nursery:
+            serving, drain = trio.Event(), trio.Event()
+            nursery.start_soon(watch_signals, signals, serving, drain, nursery.cancel_scope)
+            async with open_node(checkpoint, options, report) as node:
+                serving.set()
+                nursery.start_soon(tell_refusals, node.swarm.gossip.refused, report)
+                await drain.wait()
+                await node.drain()
+                drained = True
+            nursery.cancel_scope.cancel()
+    report(Stopped())
+    if not drained:
+        raise KeyboardInterrupt
+
+
+def node_options(arguments: Namespace) -> NodeOptions:
+    """How to take part, by the flags. Raises ``UsageError``."""
+    return NodeOptions(
         join=tuple(arguments.join),
         blocks=arguments.blocks,
         num_blocks=arguments.num_blocks,
@@ -47,23 +70,20 @@ async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) ->
         host=arguments.host,
         port=arguments.port,
         announce=tuple(arguments.announce),
+        adapters=tuple(arguments.adapter),
         name=arguments.name,
         identity=Path(arguments.identity) if arguments.identity else None,
     )
-    drained = False
-    with trio.open_signal_receiver(*SIGNALS) as signals:
-        async with trio.open_nursery() as nursery:
-            serving, drain = trio.Event(), trio.Event()
-            nursery.start_soon(watch_signals, signals, serving, drain, nursery.cancel_scope)
-            async with open_node(checkpoint, options, report) as node:
-                serving.set()
-                await drain.wait()
-                await node.drain()
-                drained = True
-            nursery.cancel_scope.cancel()
-    report(Stopped())
-    if not drained:
-        raise KeyboardInterrupt
+
+
+async def tell_refusals(refused: Mapping[str, int], report: Report) -> None:
+    """Report what was refused, whenever there is more of it. Runs for ever."""
+    told: Mapping[str, int] = {}
+    while True:
+        await trio.sleep(REFUSALS_EVERY_S)
+        if refused != told:
+            told = dict(refused)
+            report(Refused(told))
 
 
 async def watch_signals(

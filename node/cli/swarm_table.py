@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from petalnode.events import PeerInfo, Swarm
@@ -18,10 +18,14 @@ ID_CHARS = 7
 def swarm_lines(swarm: Swarm) -> list[str]:
     """Line by line: the whole, the blocks, then two lines a peer."""
     width = min(BAR_WIDTH, max(1, swarm.blocks))
-    lines = [_summary(swarm), *_blocks(swarm, width)]
+    lines = [_summary(swarm), *_refusals(swarm), *_blocks(swarm, width)]
+    digits = len(f"{swarm.blocks}:{swarm.blocks}")
     for peer in swarm.peers:
-        lines.append(_peer(peer, swarm.blocks, width))
-        lines.append(f"{INDENT}{' ' * ID_CHARS} {peer.use}")
+        span = f"{peer.blocks[0]}:{peer.blocks[1]}"
+        held = bar(*peer.blocks, swarm.blocks, width)
+        place = f"{short(peer.peer_id):{ID_CHARS}} {held} {span:>{digits}} {peer.state:8}"
+        lines.append(f"{INDENT}{place} {peer.name}".rstrip())
+        lines.append(f"{INDENT}{' ' * ID_CHARS} {_facts(peer)}  {peer.use}".rstrip())
     return lines
 
 
@@ -34,7 +38,28 @@ def _summary(swarm: Swarm) -> str:
     holes = missing(swarm.copies)
     covered = "covered" if swarm.covered else "NOT covered"
     lacking = f": nobody serves {ranges(holes)}" if holes else ""
-    return f"{swarm.model}: {swarm.blocks} blocks, {len(swarm.peers)} peers, {covered}{lacking}"
+    blocks, peers = many(swarm.blocks, "block"), many(len(swarm.peers), "peer")
+    return f"{swarm.model}: {blocks}, {peers}, {covered}{lacking}"
+
+
+def many(count: int, thing: str) -> str:
+    """As in "1 peer" or "2 peers"."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def _refusals(swarm: Swarm) -> list[str]:
+    if not swarm.refused:
+        return []
+    clock = (
+        " (is this machine's clock right?)" if {"future", "expired"} & set(swarm.refused) else ""
+    )
+    return [f"{INDENT}refused: {counted(swarm.refused)}{clock}"]
+
+
+def counted(refused: Mapping[str, int]) -> str:
+    """As in "12 flood, 1 size": the most frequent first."""
+    by_number = sorted(refused.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{number} {reason}" for reason, number in by_number)
 
 
 def _blocks(swarm: Swarm, width: int) -> list[str]:
@@ -45,8 +70,7 @@ def _blocks(swarm: Swarm, width: int) -> list[str]:
     return [f"{INDENT}{'copies':{ID_CHARS}} {digits}"]
 
 
-def _peer(peer: PeerInfo, blocks: int, width: int) -> str:
-    start, end = peer.blocks
+def _facts(peer: PeerInfo) -> str:
     rtt = "     ?" if peer.rtt_ms is None else f"{peer.rtt_ms:6.1f}"
     weights = peer.dtype if peer.quant == "none" else peer.quant
     extras = [weights or peer.quant, *(f"adapter {name}" for name in peer.adapters)]
@@ -55,10 +79,17 @@ def _peer(peer: PeerInfo, blocks: int, width: int) -> str:
     if peer.pinned:
         extras.append("pinned")
     return (
-        f"{INDENT}{short(peer.peer_id):{ID_CHARS}} {bar(start, end, blocks, width)} "
-        f"{start}:{end} {peer.state} {rtt} ms {peer.throughput:8.1f} tok/s "
-        f"{peer.kv_tokens_free:8} kv  {', '.join(extras)}  {peer.name}"
-    ).rstrip()
+        f"{rtt} ms {peer.throughput:8.1f} tok/s {about(peer.kv_tokens_free):>6} kv  "
+        f"{', '.join(extras)}"
+    )
+
+
+def about(count: int) -> str:
+    """As in "987" or "1.5M"."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
 
 
 def bar(start: int, end: int, blocks: int, width: int) -> str:

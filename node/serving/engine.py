@@ -4,16 +4,20 @@ One task (``SpanEngine.serve``) owns the queue and the device's worker thread. A
 scheduler allots, runs it block by block with all tokens at once, and hands each piece of work its
 rows. Frames of one session come one at a time (its reader waits for the result), so work in the
 queue is always of different sessions and order within a session is kept.
+
+Training comes last: a turn without anything else is one step of the first training job, a block
+long, and so is every turn that the scheduler says is due (``training_is_due``). Only that job has
+activations in memory.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import trio
@@ -21,10 +25,11 @@ import trio
 from petalnode.compute import Compute, Load
 from petalnode.errors import LocalProtocolError
 from petalnode.models.span import RowSlice, Span
-from petalnode.serving.scheduler import Share, is_decode, plan_turn
+from petalnode.serving.scheduler import Share, is_decode, plan_turn, training_is_due
 
 if TYPE_CHECKING:
     from petalnode.models.kv_cache import RowCache
+    from petalnode.models.tuning.tuning import Tuning
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +39,12 @@ DECODING_S = 0.5
 
 @dataclass(frozen=True)
 class RowWork:
-    """``n`` tokens that go into ``cache`` at ``position``."""
+    """``n`` tokens that go into ``cache`` at ``position``; ``tuning`` is added to the blocks."""
 
     cache: RowCache
     position: int
     n: int
+    tuning: Tuning | None = None
 
 
 @dataclass(eq=False)
@@ -71,7 +77,7 @@ class Work:
             if first < last:
                 position = row.position + first - offset
                 row.cache.truncate(position)
-                slices.append(RowSlice(row.cache, position, last - first))
+                slices.append(RowSlice(row.cache, position, last - first, row.tuning))
             offset += row.n
         return slices
 
@@ -85,23 +91,64 @@ class Piece:
     hidden: torch.Tensor
 
 
+class Steps(Protocol):
+    """A training job: so many calls of ``step``, each a block's work, and it is done."""
+
+    @property
+    def steps_left(self) -> int:
+        """How many calls are left."""
+
+    def step(self) -> None:
+        """Compute the next one."""
+
+
+Begin = Callable[[Span], Steps]
+"""Makes a job of a span, in the worker thread."""
+
+
+@dataclass(eq=False)
+class Training:
+    """A training job on its way; ``load`` is that of a step."""
+
+    begin: Begin
+    load: Load
+    steps: Steps | None = None
+    error: Exception | None = None
+    finished: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is computed next, and what becomes of its result, or of its error."""
+
+    what: str
+    compute: Callable[[], Any]
+    load: Load
+    done: Callable[[Any], None]
+    failed: Callable[[Exception], None]
+
+
 class SpanEngine:
-    """Computes frames on one span. ``run`` may be called by any number of tasks."""
+    """Computes frames on one span. ``run`` and ``train`` may be called by any number of tasks."""
 
     def __init__(self, span: Span, compute: Compute) -> None:
         self.span = span
         self._compute = compute
         self._queue: deque[Work] = deque()
+        self._jobs: deque[Training] = deque()
+        self._turns_without_training = 0
         self._arrived = trio.Event()
         self._decoded_at = -DECODING_S
         self._prefill_is_due = False
         self.tokens = 0
         """Computed so far."""
+        self.training_steps = 0
+        """Computed so far."""
 
     @property
     def queue_depth(self) -> int:
         """Pieces of work waiting or being computed."""
-        return len(self._queue)
+        return len(self._queue) + len(self._jobs)
 
     async def run(
         self, start: int, end: int, rows: Sequence[RowWork], hidden: torch.Tensor
@@ -127,15 +174,63 @@ class SpanEngine:
             ) from work.error
         return work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs)
 
+    async def train(self, begin: Begin, load: Load) -> Steps:
+        """Compute a training job to its end and return it; ``load`` is that of one step.
+
+        A caller that is cancelled leaves the queue. Raises ``LocalProtocolError`` if the
+        computation itself failed.
+        """
+        job = Training(begin, load)
+        self._jobs.append(job)
+        self._arrived.set()
+        try:
+            await job.finished.wait()
+        except trio.Cancelled:
+            if job in self._jobs:
+                self._jobs.remove(job)
+            raise
+        if job.error is not None:
+            raise LocalProtocolError(
+                f"The training step failed: {job.error}.", "The node goes on; see its log."
+            ) from job.error
+        assert job.steps is not None
+        return job.steps
+
     async def serve(self) -> None:
         """Compute what comes, for ever. Runs in the node's nursery."""
         while True:
-            if not self._queue:
+            while not self._queue and not self._jobs:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
             await self._turn()
 
     async def _turn(self) -> None:
+        training = training_is_due(len(self._queue), len(self._jobs), self._turns_without_training)
+        self._turns_without_training = 0 if training else self._turns_without_training + 1
+        turn = self._training_turn() if training else self._rows_turn()
+        try:
+            result = await self._compute.run(turn.compute, turn.load)
+        except Exception as error:  # supervision point: bad luck of one turn, not of the node
+            log.exception("a turn of %s failed", turn.what)
+            turn.failed(error)
+            return
+        turn.done(result)
+
+    def _training_turn(self) -> Turn:
+        job = self._jobs[0]
+
+        def failed(error: Exception) -> None:
+            job.error = error
+            self._finish_job(job)
+
+        def done(left: int) -> None:
+            self.training_steps += 1
+            if not left:
+                self._finish_job(job)
+
+        return Turn("training", lambda: train_step(self.span, job), job.load, done, failed)
+
+    def _rows_turn(self) -> Turn:
         queue = list(self._queue)
         now = trio.current_time()
         if any(map(is_decode, queue)):
@@ -147,29 +242,39 @@ class SpanEngine:
         )
         self._prefill_is_due = len(shares) < len(queue)
         pieces = [take(queue[share.index], share) for share in shares]
-        try:
-            outputs = await self._compute.run(
-                lambda: compute_turn(self.span, pieces), load_of(pieces)
-            )
-        except Exception as error:  # supervision point: bad luck of one turn, not of the node
-            log.exception("a turn of %d pieces failed", len(pieces))
-            self._fail(pieces, error)
-            return
-        for piece, output in zip(pieces, outputs, strict=True):
-            self.tokens += len(output)
-            piece.work.outputs.append(output)
-            if piece.work.left == 0:
+
+        def failed(error: Exception) -> None:
+            for piece in pieces:
+                piece.work.error = error
                 self._finish(piece.work)
 
-    def _fail(self, pieces: Sequence[Piece], error: Exception) -> None:
-        for piece in pieces:
-            piece.work.error = error
-            self._finish(piece.work)
+        def done(outputs: list[torch.Tensor]) -> None:
+            for piece, output in zip(pieces, outputs, strict=True):
+                self.tokens += len(output)
+                piece.work.outputs.append(output)
+                if piece.work.left == 0:
+                    self._finish(piece.work)
+
+        what, load = f"{len(pieces)} pieces", load_of(pieces)
+        return Turn(what, lambda: compute_turn(self.span, pieces), load, done, failed)
 
     def _finish(self, work: Work) -> None:
         if work in self._queue:
             self._queue.remove(work)
         work.finished.set()
+
+    def _finish_job(self, job: Training) -> None:
+        if job in self._jobs:
+            self._jobs.remove(job)
+        job.finished.set()
+
+
+def train_step(span: Span, job: Training) -> int:
+    """The next step of a job, which begins with its first; how many are left."""
+    if job.steps is None:
+        job.steps = job.begin(span)
+    job.steps.step()
+    return job.steps.steps_left
 
 
 def take(work: Work, share: Share) -> Piece:

@@ -32,10 +32,11 @@ from petalnode.protocol import (
     text,
     wholes,
 )
-from petalnode.replay import ReplayLog
+from petalnode.replay import Kept, ReplayLog
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.rows import Refusal, SessionRows
+from petalnode.serving.session_tuning import SessionTuning
 
 LINK_DEADLINE_S = 4.0
 """For dialling the next hop and having it accept the feed."""
@@ -58,13 +59,16 @@ class HopSession:
         budget: KvBudget,
         log_budget: KvBudget,
         connect: Connect,
+        tuning: SessionTuning,
     ) -> None:
         self.opened = opened
         self.client = control.peer_id
-        self.senders = {opened.sender or control.peer_id}
+        self.senders: tuple[str, ...] = (opened.sender or control.peer_id,)
         self._control = control
         self._engine = engine
         self._rows = SessionRows(opened, engine.span, budget)
+        self._rows.tuning = tuning.added
+        self._tuning = tuning
         self._log = ReplayLog(opened.rows, log_budget)
         self._outlet = Outlet(self._log, self._lost_next, self._return)
         self._connect = connect
@@ -74,6 +78,7 @@ class HopSession:
         self._next = b""
         self._linking = 0
         self._seen = 0
+        self._in_gap = False
 
     async def serve(self) -> None:
         """Read the control stream to its end, then drop everything this session holds."""
@@ -91,6 +96,7 @@ class HopSession:
         """Take steps from the sender until its stream ends."""
         if len(self._feeds) >= MAX_FEEDS:
             next(iter(self._feeds)).reset()  # the oldest makes room
+        self._in_gap = False  # it may have what was lacking
         await feed.send({"type": "fed"})
         with trio.CancelScope() as scope:  # it ends with the session, whatever it waits for
             self._feeds[feed] = scope
@@ -116,6 +122,8 @@ class HopSession:
                 if self._linking >= MAX_LINKS_AT_ONCE:
                     raise BadMessage("too many links at once")
                 nursery.start_soon(self._link, Link.parse(frame.header, self.opened.rows))
+            elif kind == "tuning":
+                await self._tune(frame)
             elif kind == "expect":
                 await self._expect(text(frame.header.get("peer")), frame.header.get("also") is True)
             elif kind == "where":
@@ -127,12 +135,24 @@ class HopSession:
             else:
                 raise BadMessage("a message of unknown type")
 
+    async def _tune(self, frame: Frame) -> None:
+        """Take a part of what the client adds to the blocks."""
+        if self._rows.in_use:
+            raise BadMessage("an adapter after the first step")
+        try:
+            if self._tuning.take(frame):
+                self._rows.tuning = self._tuning.added
+                await self._control.send({"type": "tuned"})
+        except Refusal as refusal:
+            await self._control.send(error_wire(refusal.code, str(refusal)))
+
     async def _expect(self, peer: str, also: bool) -> None:
-        """From now on that peer is the sender, or another; what the old one still says is void."""
+        """From now on that peer is the sender, and what the old one still says is void; or it may
+        ``also`` feed, because it is about to take over."""
         if also:
-            self.senders = {*list(self.senders)[-1:], peer}
+            self.senders = (self.senders[0], peer)
         else:
-            self.senders = {peer}
+            self.senders = (peer,)
             for feed, scope in list(self._feeds.items()):
                 if feed.peer_id != peer:
                     scope.cancel()
@@ -146,20 +166,27 @@ class HopSession:
     async def _take(self, frame: Frame) -> None:
         """Compute one step and queue its output. What cannot be taken is told to the client."""
         step = Step.parse(frame.header, self.opened.rows)
-        self._seen = max(self._seen, step.seq)
         started = trio.current_time()
         async with self._one_step:
             try:
                 hidden = self._check_hidden(step, frame)
                 rows = self._rows.prepare(step)
+                self._seen, self._in_gap = max(self._seen, step.seq), False
                 output = await self._engine.run(self.opened.start, self.opened.end, rows, hidden)
             except (Refusal, LocalProtocolError) as problem:
-                code = problem.code if isinstance(problem, Refusal) else "internal"
-                await self._control.send(error_wire(code, str(problem)))
+                await self._refuse(problem)
                 return
             self._rows.done()
             took = round((trio.current_time() - started) * 1e6)
             await self._outlet.put(step.passed(took), output)
+
+    async def _refuse(self, problem: Refusal | LocalProtocolError) -> None:
+        """Tell the client. What comes behind a gap is in the same gap, until something fits."""
+        code = problem.code if isinstance(problem, Refusal) else "internal"
+        if code == "gap" and self._in_gap:
+            return
+        self._in_gap = code == "gap"
+        await self._control.send(error_wire(code, str(problem)))
 
     def _check_hidden(self, step: Step, frame: Frame) -> torch.Tensor:
         shape = (step.tokens, self._engine.span.config.hidden_size)
@@ -173,20 +200,20 @@ class HopSession:
         """Push outputs to ``link.peer`` from now on, or bring it up to date as a spare."""
         self._linking += 1
         try:
-            logged = [self._log.length(row) for row in range(self.opened.rows)]
             if link.peer is None:
-                await self._outlet.attach(self._pass_through, link.replay, None)
+                kept = await self._outlet.attach(self._pass_through, link.replay, None)
             else:
-                await self._link_peer(link, link.peer)
+                kept = await self._link_peer(link, link.peer)
         except (PeerError, trio.TooSlowError) as error:
             why = str(error) or f"no answer within {LINK_DEADLINE_S:.0f} s"
             await self._control.send(error_wire("link", why, link.session))
             return
         finally:
             self._linking -= 1
-        await self._control.send({"type": "linked", "session": link.session, "logged": logged})
+        logged = {"logged": list(kept.lengths), "complete": kept.complete}
+        await self._control.send({"type": "linked", "session": link.session, **logged})
 
-    async def _link_peer(self, link: Link, peer: str) -> None:
+    async def _link_peer(self, link: Link, peer: str) -> Kept:
         stream = self._spares.pop(link.session, None)
         if stream is None:
             with trio.fail_after(LINK_DEADLINE_S):
@@ -194,10 +221,9 @@ class HopSession:
         deliver = partial(send_step, stream)
         if link.spare:
             self._spares[link.session] = stream
-            await self._outlet.bring_up(deliver, link.replay)
-        else:
-            self._next = link.session
-            await self._outlet.attach(deliver, link.replay, stream)
+            return await self._outlet.bring_up(deliver, link.replay)
+        self._next = link.session
+        return await self._outlet.attach(deliver, link.replay, stream)
 
     async def _lost_next(self, error: PeerError) -> None:
         await self._control.send(error_wire("next", str(error), self._next))
@@ -217,6 +243,7 @@ class HopSession:
         for scope in list(self._feeds.values()):
             scope.cancel()
         self._rows.drop()
+        self._tuning.drop()
         self._log.drop()
 
 

@@ -58,9 +58,10 @@ class KnownRates:
         text = json.dumps(dict(list(known.items())[-MAX_ENTRIES:]), indent=1)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                file.write(text)
-            os.replace(file.name, self._path)
+            with tempfile.TemporaryDirectory(dir=self._path.parent) as folder:
+                whole = Path(folder) / self._path.name  # others never see half a file
+                whole.write_text(text)
+                os.replace(whole, self._path)
 
     def _read(self) -> dict[str, Rates]:
         if self._path is None:

@@ -6,6 +6,7 @@ import trio
 
 from petalnode.models.kv_cache import MIN_TOKENS, RowCache
 from petalnode.models.span import Span
+from petalnode.models.tuning.tuning import Tuning
 from petalnode.protocol import Open, Segment, Step
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import RowWork
@@ -23,11 +24,18 @@ class SessionRows:
     """Caches of a session's rows over its blocks, charged to the node's budget as they grow."""
 
     def __init__(self, opened: Open, span: Span, budget: KvBudget) -> None:
+        self.tuning: Tuning | None = None
+        """What is added to the blocks for all rows."""
         self._opened, self._span, self._budget = opened, span, budget
         self._caches: dict[int, RowCache] = {}
         self._held = 0
         self._ordered = 0
         self._longer = trio.Event()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything was computed."""
+        return bool(self._caches)
 
     def prepare(self, step: Step) -> list[RowWork]:
         """Rearrange rows if the step says so, make room, and return what to compute.
@@ -47,7 +55,7 @@ class SessionRows:
         else:
             self._caches = caches
         self._ordered = max(self._ordered, step.as_of, step.seq if step.order else 0)
-        return [RowWork(self._row(s.row), s.position, s.n) for s in step.segments]
+        return [RowWork(self._row(s.row), s.position, s.n, self.tuning) for s in step.segments]
 
     def done(self) -> None:
         """A step was computed: wake who waits for lengths."""

@@ -1,10 +1,11 @@
-"""What the span engine computes next: decode first, prefill in chunks. Pure, no I/O, no torch.
+"""What the span engine computes next: decode, then prefill in chunks, then training. Pure, no I/O.
 
 Work is what one frame asks for: ``tokens`` tokens over some rows. Work of few tokens is *decode*
 (one token a row, or a few speculated ones) and is taken whole in the next turn. Everything longer
 is *prefill* and gets the turn's token budget, in order of arrival; while sessions decode, that
 budget is small and every other turn has none. So a long prompt of one session holds up another
-session's next token by one short turn at most.
+session's next token by one short turn at most. Training waits for both, a step of one block at a
+time; where they never leave it a turn, one in ``TURNS_PER_TRAINING_STEP`` is its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ TURN_TOKENS_BESIDE_DECODE = 64
 """Tokens of prefill in a turn while sessions decode: this bounds their next token's delay."""
 MAX_DECODE_TOKENS = 512
 """Tokens of decode in a turn; more waits for the next turn, in order."""
+
+TURNS_PER_TRAINING_STEP = 8
+"""A training job gets a step after so many turns of others: it is slow then, but not starved."""
 
 
 class Schedulable(Protocol):
@@ -46,6 +50,14 @@ class Share:
 def is_decode(work: Schedulable) -> bool:
     """Whether the work is small enough to go first."""
     return work.longest <= DECODE_TOKENS
+
+
+def training_is_due(waiting: int, jobs: int, turns: int) -> bool:
+    """Whether the next turn is a training step.
+
+    So much other work is ``waiting``, and so many training jobs, which had no step for ``turns``.
+    """
+    return jobs > 0 and (waiting == 0 or turns >= TURNS_PER_TRAINING_STEP)
 
 
 def plan_turn(

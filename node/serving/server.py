@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 import trio
 
 from petalnode.errors import PeerError, PeerMisbehaved
+from petalnode.models.tuning.tuning import Tuning
 from petalnode.p2p.frames import Frame, FrameStream
 from petalnode.protocol import BadMessage, Open, max_payload_bytes, refusal_wire, session_id
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.hop_session import Connect, HopSession
 from petalnode.serving.rows import Refusal
+from petalnode.serving.session_tuning import SessionTuning, tuning_budget
 
 MAX_SESSIONS = 256
 MAX_SESSIONS_PER_PEER = 64
@@ -24,7 +27,10 @@ HELLO_DEADLINE_S = 10.0
 
 
 class HopServer:
-    """The sessions of one node. ``handle`` is the stream handler of ``HOP_PROTOCOL``."""
+    """The sessions of one node. ``handle`` is the stream handler of ``HOP_PROTOCOL``.
+
+    ``adapters`` are offered to sessions by name, the part of each for this span.
+    """
 
     def __init__(
         self,
@@ -38,6 +44,8 @@ class HopServer:
         self._engine = engine
         self._budget = budget
         self._log_budget = log_budget or KvBudget(DEFAULT_LOG_TOKENS, 1)
+        self.adapters: Mapping[str, Tuning] = {}
+        self._tuning_budget = tuning_budget()
         self._fingerprint = fingerprint
         self._connect = connect
         self._sessions: dict[bytes, HopSession] = {}
@@ -107,8 +115,15 @@ class HopServer:
 
     def _open(self, opened: Open, stream: FrameStream) -> HopSession:
         self._check(opened, stream.peer_id)
+        served = self.adapters.get(opened.adapter)
         session = HopSession(
-            opened, stream, self._engine, self._budget, self._log_budget, self._connect
+            opened,
+            stream,
+            self._engine,
+            self._budget,
+            self._log_budget,
+            self._connect,
+            SessionTuning(opened, self._engine.span, self._tuning_budget, served),
         )
         self._sessions[opened.session] = session
         return session
@@ -120,6 +135,8 @@ class HopServer:
             raise Refusal("model", "this node serves another model")
         if opened.start < span.start or opened.end > span.end:
             raise Refusal("blocks", f"this node serves blocks {span.start}:{span.end}")
+        if opened.adapter and opened.adapter not in self.adapters:
+            raise Refusal("adapter", "this node does not offer that adapter")
         if self.draining:
             raise Refusal("draining", "this node is about to leave")
         if opened.session in self._sessions:

@@ -1,4 +1,4 @@
-"""What a node serves: its span, the engine that computes it, and the server in front of it."""
+"""What a node serves: its span, the engine that computes it, and the servers in front of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import trio
 
 from petalnode.compute import Compute
 from petalnode.events import Downloading, Loading, Report
@@ -22,10 +23,17 @@ from petalnode.serving.engine import SpanEngine
 from petalnode.serving.hop_session import Connect
 from petalnode.serving.memory_plan import FreeMemory
 from petalnode.serving.server import DEFAULT_LOG_TOKENS, HopServer
+from petalnode.serving.training import TrainServer
+from petalnode.training.protocol import MAX_MICRO_TOKENS
 
 KV_SHARE = 0.5
 """Of what is free after loading, for attention caches when ``--kv-tokens`` is not given."""
 MAX_KV_TOKENS = 1 << 20
+GRAPH_SHARE = 0.25
+"""Of what is free after loading, for the graph of the one training job that is computed."""
+GRAPH_WIDTHS = 32
+"""Numbers that autograd keeps of a token in a block, in hidden sizes: inputs of some ten layers, of
+which the feed-forward's are several times as wide."""
 MEASURED_TOKENS = 64
 MEASURED_STEPS = 5
 FALLBACK_TPS = 1.0
@@ -49,8 +57,25 @@ class SpanService:
     span: Span
     engine: SpanEngine
     server: HopServer
+    training: TrainServer
     budget: KvBudget
     throughput: Throughput
+
+    @property
+    def sessions(self) -> int:
+        """Open sessions, those that train included."""
+        return self.server.sessions + self.training.sessions
+
+    async def drain(self) -> None:
+        """Take no new sessions, and tell the clients of those here to move."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.server.drain)
+            nursery.start_soon(self.training.drain)
+
+    async def wait_idle(self) -> None:
+        """Until no session is open."""
+        await self.server.wait_idle()
+        await self.training.wait_idle()
 
     def memory(self) -> Mapping[str, int]:
         """Bytes: of the span's weights, and the peak of the process so far."""
@@ -120,7 +145,14 @@ async def load_service(
         connect=connect,
         log_budget=KvBudget(replay_log_tokens or min(tokens, DEFAULT_LOG_TOKENS), 1),
     )
-    return SpanService(span, engine, server, budget, throughput)
+    training = TrainServer(
+        engine,
+        compute,
+        fingerprint=checkpoint.fingerprint,
+        max_tokens=default_job_tokens(span),
+        is_draining=lambda: server.draining,
+    )
+    return SpanService(span, engine, server, training, budget, throughput)
 
 
 def default_kv_tokens(span: Span) -> int:
@@ -128,6 +160,13 @@ def default_kv_tokens(span: Span) -> int:
     per_token = span.kv_bytes_per_token * (span.end - span.start)
     fitting = int(free_bytes(span.device) * KV_SHARE) // per_token
     return max(1, min(fitting, MAX_KV_TOKENS))
+
+
+def default_job_tokens(span: Span) -> int:
+    """Tokens of a training job whose graph fits a share of the memory that is free now."""
+    numbers = GRAPH_WIDTHS * span.config.hidden_size * (span.end - span.start)
+    fitting = int(free_bytes(span.device) * GRAPH_SHARE) // (numbers * span.dtype.itemsize)
+    return max(1, min(fitting, MAX_MICRO_TOKENS))
 
 
 def measure_throughput(span: Span, clock: Clock) -> Throughput:

@@ -20,6 +20,7 @@ from petalnode.models.beam_scores import BeamScores
 from petalnode.models.sampling import Sampler, SamplingConfig, warp
 from petalnode.protocol import Segment
 from petalnode.session.generation import Completion, GenerateOptions, Generation, Token
+from petalnode.session.soft_prompt import without_prompt
 
 if TYPE_CHECKING:
     from petalnode.session.session import Session
@@ -74,8 +75,9 @@ class Group:
         self.outputs = 1
         """Rows that were fed in the last step."""
         self.choice: Sampled | Beams
+        said = without_prompt(prompt, session.prefix)
         if options.num_beams == 1:
-            self.choice = Sampled(prompt, options.sampling)
+            self.choice = Sampled(said, options.sampling)
             return
         scores = BeamScores(
             options.num_beams,
@@ -84,7 +86,7 @@ class Group:
             session.client.config.vocab_size,
             options.length_penalty,
         )
-        self.choice = Beams(prompt, scores, options.sampling)
+        self.choice = Beams(said, scores, options.sampling)
 
     @property
     def done(self) -> bool:

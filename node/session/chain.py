@@ -9,6 +9,7 @@ on every hop.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 import trio
 
 from petalnode.errors import PeerError, PeerGone, PeerRefused
+from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.nurseries import plain_errors
 from petalnode.outlet import Outlet
 from petalnode.p2p.frames import Frame
@@ -68,6 +70,7 @@ class Chain:
         self.unmended: PeerError | None = None
         self._nursery = nursery
         self._awaited: dict[int, _Awaited] = {}
+        self._given_up: deque[int] = deque(maxlen=MAX_PENDING)
         self._seq = 0
         self._news = trio.Event()
         self._usual_s = 0.0
@@ -82,6 +85,11 @@ class Chain:
     @property
     def rows(self) -> int:
         return self.setup.rows
+
+    @property
+    def last_seq(self) -> int:
+        """Of the steps that were sent so far."""
+        return self._seq
 
     async def forward(
         self, segments: Sequence[Segment], hidden: torch.Tensor, order: Sequence[int] = ()
@@ -102,13 +110,15 @@ class Chain:
                     tokens = sum(segment.n for segment in chunk)
                     if len(sent) >= MAX_PENDING:
                         await self._arrival(sent[-MAX_PENDING])
+                    await self._mender.mend()  # a long prompt need not be sent to its end first
                     part = hidden[offset : offset + tokens]
                     sent.append(await self._send(chunk, part, () if sent else order))
                     offset += tokens
                 parts = [await self._arrival(awaited) for awaited in sent]
             finally:
                 for awaited in sent:
-                    self._awaited.pop(awaited.step.seq, None)
+                    if self._awaited.pop(awaited.step.seq).hidden is None:
+                        self._given_up.append(awaited.step.seq)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def pending(self) -> tuple[Step, ...]:
@@ -116,8 +126,8 @@ class Chain:
         return tuple(a.step for a in self._awaited.values() if a.hidden is None)
 
     def is_wanted(self, seq: int) -> bool:
-        """Whether a step was not given up. One that came out goes where a replay is without it."""
-        return seq in self._awaited
+        """Whether a step was not given up. One that came out still goes where it is lacking."""
+        return seq not in self._given_up
 
     def replay(self, held: Sequence[int] | None) -> Replay:
         """What a receiver needs that has so much of each row (None: all) already."""
@@ -144,7 +154,12 @@ class Chain:
     def lose(self, line: Line, error: PeerError) -> None:
         """Give a hop up; whoever awaits an output sees to the rest."""
         line.lose(error)
+        self._mender.look_for_holes()
         self.wake()
+
+    async def news(self) -> None:
+        """Until something happens."""
+        await self._news.wait()
 
     def wake(self) -> None:
         """Something happened: look again."""
@@ -181,6 +196,7 @@ class Chain:
             ):
                 patience_s *= 2
         self._mender.look_for_slow()
+        self._mender.look_for_relays()
         self._usual_s += (trio.current_time() - started - self._usual_s) / 8
         return awaited.hidden
 
@@ -216,7 +232,7 @@ class Chain:
         elif kind == "error":
             self._take_error(line, frame)
         elif kind == "draining":
-            self._mender.leave(line)
+            self._mender.drains(line)
         else:
             raise BadMessage("a message of unknown type")
 
@@ -226,6 +242,8 @@ class Chain:
             line.take_link_error(session_id(frame.header), why)
         elif code == "next":
             self._mender.lost_next(line, session_id(frame.header), why)
+        elif code == "gap":
+            self._mender.lacks(line, why)
         else:
             error = PeerRefused(
                 f"Peer {line.peer_id} cannot go on ({code}): {why}.", "", line.peer_id, code
@@ -242,6 +260,8 @@ class Chain:
         awaited.hidden = frame.tensors[0]
         for segment in awaited.step.segments:
             self.committed[segment.row] = segment.position + segment.n
+        for one in self.lines:
+            one.came_out(step.seq)
         if len(step.took) == len(self.lines) and step.tokens == 1:
             self._mender.note_took(step.took)
         self.wake()
@@ -259,7 +279,8 @@ class ChainSetup:
     """What a chain is made of. ``source`` gives its inputs again; by default they are kept.
 
     ``client`` is our own peer id; session ids come from ``rng``. Without ``replacements`` a hop
-    that is lost ends the chain.
+    that is lost ends the chain. Every hop adds to its blocks the ``adapter`` of that name, which it
+    offers, and the client's own ``tuning``.
     """
 
     opener: Opener
@@ -271,6 +292,8 @@ class ChainSetup:
     source: Source | None = None
     replacements: Replacements | None = None
     rng: Random = field(default_factory=SystemRandom)
+    adapter: str = ""
+    tuning: Tuning = NOTHING
 
 
 def relay_budget() -> KvBudget:

@@ -119,7 +119,7 @@ class Generation(Completion):
             self.finish_reason = "length"  # there was no room for even one
         if self.finish_reason is not None:
             raise StopAsyncIteration
-        if not session.ids:
+        if len(session.ids) == len(session.prefix):
             raise UsageError("The session was rolled back to nothing.", "Start a new generation.")
         # Kept only from one undisturbed step to the next: whoever cancels a step, or rolls back
         # between two, is served from the ids. A step whose output was lost is fed again.

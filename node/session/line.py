@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
-from typing import Any, Protocol
+from math import inf
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
 from petalnode.errors import PeerError, PeerGone, PeerMisbehaved, PeerRefused
+from petalnode.models.tuning.tuning import Tuning
 from petalnode.outlet import Outlet
 from petalnode.p2p.frames import Frame, FrameStream
 from petalnode.protocol import (
@@ -20,12 +21,22 @@ from petalnode.protocol import (
     BadMessage,
     Link,
     Open,
+    max_payload_bytes,
     wholes,
 )
+from petalnode.replay import Kept
 from petalnode.routing.chain import Hop
+from petalnode.tuning_wire import pack
+
+if TYPE_CHECKING:
+    from petalnode.session.chain import ChainSetup
 
 OPEN_HOP_DEADLINE_S = 8.0
 """For one hop to accept a session; it alone is to blame otherwise."""
+TUNING_DEADLINE_S = 10.0
+"""For one hop to take the matrices that the client adds to its blocks, beside the time they need on
+a line of ``SLOWEST_UPLINK`` bytes a second."""
+SLOWEST_UPLINK = 250_000
 ANSWER_DEADLINE_S = 4.0
 """For a hop to answer what costs it nothing: with ``chain.PATIENCE_S`` before it no more than the
 silence that a connection is allowed (``p2p.yamux``)."""
@@ -68,9 +79,13 @@ class Line:
     """One hop of a chain, as its client holds it.
 
     ``lost`` is why the hop is to be replaced. ``feeder``: the line that pushes to it, or the chain,
-    where the client does. ``held``: how much of each row it has, None when that is all there is.
-    ``outlet``: where the client itself feeds it. ``through``: where the client passes on what the
-    hop gives back. ``leaving``: it is being moved away from.
+    where the client does. ``held``: how much of each row it surely has, None when that is all there
+    is. ``fed_since``: the last step that was sent before it was fed by who feeds it now (infinite:
+    nobody does yet); once a later one has come out of the chain, it has everything. ``gaps``: how
+    often it said since then that it lacks something. ``coming``: how much it will have when it has
+    taken what was sent. ``outlet``: where the client itself feeds it. ``through``: where the client
+    passes on what the hop gives back. ``leaving``: it is being moved away from. ``drains``: it
+    said that it goes. ``search``: for another in its place, while it still serves.
     """
 
     def __init__(
@@ -82,8 +97,12 @@ class Line:
         self.expects = sender
         self.lost: PeerError | None = None
         self.feeder: object = None
+        self.fed_since: float = inf
+        self.gaps = 0
         self.held: list[int] | None = [0] * rows
-        self.leaving = False
+        self.coming = [0] * rows
+        self.leaving = self.drains = False
+        self.search = trio.CancelScope()
         self.outlet: Outlet | None = None
         self.through: Outlet | None = None
         self.took_s: float | None = None
@@ -93,6 +112,17 @@ class Line:
     @property
     def peer_id(self) -> str:
         return self.hop.peer_id
+
+    def cut(self, limit: Sequence[int]) -> None:
+        """Rows were changed beyond ``limit``: what it has of that, or will have, is void."""
+        if self.held is not None:
+            self.held = [*map(min, self.held, limit)]
+        self.coming = [*map(min, self.coming, limit)]
+
+    def came_out(self, seq: int) -> None:
+        """A step came out of the chain: if it was sent through this hop, nothing is lacking."""
+        if seq > self.fed_since:
+            self.held, self.gaps = None, 0
 
     async def expect(self, peer: str) -> None:
         """Tell the hop who feeds it from now on."""
@@ -107,8 +137,8 @@ class Line:
         message = {"type": "expect", "peer": peer, "also": also}
         await self._ask(message, "expecting", ANSWER_DEADLINE_S)
 
-    async def link(self, link: Link) -> tuple[int, ...]:
-        """Have the hop push to another; how much of each row its log holds.
+    async def link(self, link: Link) -> Kept:
+        """Have the hop push to another; what its log held for that.
 
         Raises ``LinkFailed`` if it cannot reach that one.
         """
@@ -117,7 +147,7 @@ class Line:
         logged = wholes(answer.get("logged"), rows, MAX_LINE_ROWS)
         if len(logged) != rows:
             raise misbehaved(self.peer_id, "it says nothing of some rows")
-        return logged
+        return Kept(logged, answer.get("complete") is True)
 
     async def where(self) -> Whereabouts:
         """How far the session's steps are at the hop, and whether it gets anywhere."""
@@ -150,6 +180,7 @@ class Line:
     def lose(self, error: PeerError) -> None:
         """The hop is to be replaced; the first reason stays."""
         self.lost = self.lost or error
+        self.search.cancel()
         self.control.reset()
         if self.outlet is not None:
             self.outlet.detach()
@@ -182,18 +213,15 @@ class Line:
         return answer.header
 
 
-async def open_line(
-    opener: Opener, hop: Hop, fingerprint: str, rows: int, sender: str, client: str, rng: Random
-) -> Line:
-    """Open a session on one hop. Raises ``PeerError`` that names it."""
-    session = rng.randbytes(SESSION_ID_BYTES)
-    opened = Open(
-        session, fingerprint, hop.start, hop.end, rows, None if sender == client else sender
-    )
+async def open_line(setup: ChainSetup, hop: Hop, sender: str) -> Line:
+    """Open a session on one hop, fed by ``sender``. Raises ``PeerError`` that names the hop."""
+    session = setup.rng.randbytes(SESSION_ID_BYTES)
+    fed_by = None if sender == setup.client else sender
+    opened = Open(session, setup.fingerprint, hop.start, hop.end, setup.rows, fed_by, setup.adapter)
     stream: FrameStream | None = None
     try:
         with trio.fail_after(OPEN_HOP_DEADLINE_S):
-            stream = await opener.open_stream(hop.peer_id, HOP_PROTOCOL)
+            stream = await setup.opener.open_stream(hop.peer_id, HOP_PROTOCOL)
             await stream.send(opened.to_wire())
             check_opened(hop.peer_id, await stream.receive())
     except trio.TooSlowError:
@@ -207,7 +235,55 @@ async def open_line(
         if stream is not None:
             stream.reset()
         raise
-    return Line(hop, stream, session, rows, sender)
+    await send_tuning(stream, setup, hop)
+    return Line(hop, stream, session, setup.rows, sender)
+
+
+async def send_tuning(stream: FrameStream, setup: ChainSetup, hop: Hop) -> None:
+    """Have the hop add the client's own matrices to its blocks. Raises ``PeerError``."""
+    tuning = setup.tuning.within(hop.start, hop.end)
+    if not tuning.blocks:
+        return
+    deadline_s = tuning_deadline_s(setup.tuning)  # all hops' parts go up one line at once
+    try:
+        with trio.fail_after(deadline_s):
+            for header, tensors in pack(tuning, max_payload_bytes(setup.hidden_size)):
+                await stream.send(header, tensors)
+            check_tuned(hop.peer_id, await stream.receive())
+    except trio.TooSlowError:
+        stream.reset()
+        raise PeerGone(
+            f"Peer {hop.peer_id} did not take the adapter in {deadline_s:.0f} s.",
+            peer_id=hop.peer_id,
+        ) from None
+    except BaseException:
+        stream.reset()
+        raise
+
+
+def tuning_deadline_s(tuning: Tuning) -> float:
+    """How long matrices may be on their way; nothing for none."""
+    return TUNING_DEADLINE_S + tuning.nbytes / SLOWEST_UPLINK if tuning.blocks else 0.0
+
+
+def check_tuned(peer_id: str, frame: Frame | None) -> None:
+    """Raise unless the hop said ``tuned``."""
+    if frame is None:
+        raise PeerGone(f"Peer {peer_id} closed the session at once.", peer_id=peer_id)
+    kind = frame.header.get("type")
+    if kind == "error":
+        why, code = words(frame.header, "why"), words(frame.header, "code")
+        remedy = "" if code == "busy" else "Use an adapter of this model, or a smaller one."
+        raise PeerRefused(f"Peer {peer_id} refused the adapter: {why}.", remedy, peer_id, code)
+    check_not_draining(peer_id, kind)
+    if kind != "tuned":
+        raise misbehaved(peer_id, "it did not answer to an adapter")
+
+
+def check_not_draining(peer_id: str, kind: object) -> None:
+    """Raise if, between our asking and its answer, the hop said that it leaves."""
+    if kind == "draining":
+        raise PeerRefused(f"Peer {peer_id} is about to leave.", "", peer_id, "draining")
 
 
 def link_key(session: bytes) -> str:
@@ -223,6 +299,7 @@ def check_opened(peer_id: str, frame: Frame | None) -> None:
     if kind == "refused":
         why, code = words(frame.header, "why"), words(frame.header, "code")
         raise PeerRefused(f"Peer {peer_id} refused the session: {why}.", "", peer_id, code)
+    check_not_draining(peer_id, kind)
     if kind != "opened":
         raise misbehaved(peer_id, "it answered neither opened nor refused")
 

@@ -1,4 +1,4 @@
-"""Moving a session away from a hop that still serves: it drains, or is slow.
+"""Changing a chain while it serves: leaving a hop that drains or is slow, or a relay by the client.
 
 The replacement is brought up to date beside the running chain; then, between two steps, the chain
 is switched, which costs no more than a few round trips (design.md section 5, drain).
@@ -6,6 +6,7 @@ is switched, which costs no more than a few round trips (design.md section 5, dr
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from petalnode.errors import NoRoute, PeerError, PeerRefused
-from petalnode.serving.hop_session import open_feed
+from petalnode.protocol import Replay
 from petalnode.session.line import Line, LinkFailed
 
 if TYPE_CHECKING:
@@ -44,12 +45,30 @@ class Moves:
             except (PeerError, NoRoute, LinkFailed, trio.TooSlowError):
                 await trio.sleep(RETRY_S)
 
+    async def link_directly(self, line: Line) -> None:
+        """Ask the hop before a relayed one whether it reaches that now; if so, it feeds it."""
+        chain = self._chain
+        before = self._before(line)
+        if before is None:
+            return
+        with suppress(PeerError, LinkFailed, trio.TooSlowError):
+            await line.expect_also(before.peer_id)
+            nothing = Replay(tuple(chain.committed), tuple(chain.committed))
+            await before.link(self._mender.links.to(line, nothing, spare=True))
+            async with chain.stepping:
+                if self._before(line) is before and before.lost is None and line.held is None:
+                    before.through = line.feeder = None  # the spare feed is taken
+                    await self._mender.mend(moved=True)
+
     async def _try(self, line: Line) -> None:
         chain, replacements = self._chain, self._chain.setup.replacements
         assert replacements is not None
         leaving = PeerRefused(f"Peer {line.peer_id} is left.", peer_id=line.peer_id, code="leaving")
-        avoid = {**self._mender.avoided(), line.peer_id: leaving}
-        hops = await replacements.find(self._mender.gap([line]), avoid)
+        avoid = self._mender.avoided.beside(leaving)
+        with trio.CancelScope() as line.search:
+            hops = await replacements.find(self._mender.gap([line]), avoid)
+        if line.search.cancelled_caught:
+            raise trio.TooSlowError
         before = self._before(line)
         sender = before.peer_id if before is not None else chain.setup.client
         new = await self._mender.open_lines(hops, sender)
@@ -67,25 +86,33 @@ class Moves:
         if not switched:
             raise trio.TooSlowError
 
+    def _place(self, line: Line) -> int:
+        """Where the hop is in the chain. Raises ``TooSlowError`` if it was replaced meanwhile."""
+        if line not in self._chain.lines:
+            raise trio.TooSlowError
+        return self._chain.lines.index(line)
+
     def _before(self, line: Line) -> Line | None:
-        index = self._chain.lines.index(line)
+        index = self._place(line)
         return self._chain.lines[index - 1] if index else None
 
     async def _catch_up(self, line: Line, new: list[Line], before: Line | None) -> None:
         chain = self._chain
         for one, two in pairwise(new):
-            await one.link(self._mender.to(two, chain.replay(two.held)))
-            two.feeder = one
-        index = chain.lines.index(line)
+            await one.link(self._mender.links.to(two, chain.replay(two.held)))
+            two.feeder, two.fed_since = one, chain.last_seq
+        index = self._place(line)
         if index + 1 < len(chain.lines):
             await chain.lines[index + 1].expect_also(new[-1].peer_id)
         for _ in range(MAX_ROUNDS):
             reached = tuple(chain.committed)
+            for one in new:
+                one.coming = list(reached)
             if not await self._replay(new[0], before):
                 return  # the log is too short: what is lacking comes with the switch
             await new[-1].reach(reached, CATCH_UP_DEADLINE_S)
             for one in new:
-                one.held = [*map(min, reached, chain.committed)]
+                one.held = list(one.coming)  # less than was sent, if it was rolled back meanwhile
             if max(map(int.__sub__, chain.committed, reached)) <= CLOSE_TOKENS:
                 return
 
@@ -94,26 +121,22 @@ class Moves:
 
         Returns whether it has everything.
         """
-        chain = self._chain
-        committed = chain.replay(first.held)
-        outlet = chain.head if before is None else before.through
+        replay = self._chain.replay(first.held)
+        outlet = self._chain.head if before is None else before.through
         if outlet is None:
             assert before is not None
-            logged = await before.link(self._mender.to(first, committed, spare=True))
-            return all(map(int.__ge__, logged, committed.committed))
-        if first.expects != chain.setup.client:
-            await first.expect(chain.setup.client)
-        stream = await open_feed(self._mender.dial, first.peer_id, (), first.session)
-        await outlet.bring_up(partial(self._mender.deliver, stream), committed)
-        lengths = map(outlet.source.length, range(chain.rows))
-        return all(map(int.__ge__, lengths, committed.committed))
+            kept = await before.link(self._mender.links.to(first, replay, spare=True))
+        else:
+            stream = await self._mender.links.open_feed(first)
+            kept = await outlet.bring_up(partial(self._mender.links.deliver, stream), replay)
+        return kept.complete or all(map(int.__ge__, kept.lengths, replay.committed))
 
     async def _switch(self, line: Line, new: list[Line], before: Line | None) -> bool:
         """Put the new hops in the place of the old one, if the chain is still what it was."""
         chain = self._chain
-        if line not in chain.lines or line.lost is not None or self._before(line) is not before:
+        if line.lost is not None or self._before(line) is not before:
             return False
-        index = chain.lines.index(line)
+        index = self._place(line)
         chain.lines[index : index + 1] = new
         line.control.reset()
         await self._mender.mend(moved=True)

@@ -1,31 +1,25 @@
 """Mending a chain: lost hops are replaced, links made anew, and only what is lacking is sent again.
 
 Everything runs in the task that awaits an output, so there is one view of the chain and no race
-with the steps. The sender of a lost hop replays its log to the replacement; where that log is
-short, whoever is one hop further up replays the rest through it, in the last resort the client. A
-hop that cannot reach the next is relayed by the client (design.md section 5; the paper's
-Algorithm 1).
+with the steps. Links are made from the tail to the head (``links.py``), each with a replay of what
+its receiver lacks (design.md section 5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 import trio
 
-from petalnode.errors import PeerError, PeerGone
+from petalnode.errors import PeerError, PeerGone, PeerRefused
 from petalnode.events import Recovered
 from petalnode.nurseries import plain_errors
-from petalnode.outlet import Outlet
-from petalnode.p2p.frames import FrameStream
-from petalnode.protocol import Link, Replay, Step
 from petalnode.routing.chain import Gap, Hop
-from petalnode.serving.hop_session import open_feed, send_step
-from petalnode.session.line import Line, LinkFailed, open_line
+from petalnode.session.avoided import Avoided
+from petalnode.session.line import Line, open_line, tuning_deadline_s
+from petalnode.session.links import Links
 from petalnode.session.moves import Moves
 from petalnode.session.stuck import StuckSteps
 
@@ -35,14 +29,20 @@ if TYPE_CHECKING:
 MEND_DEADLINE_S = 120.0
 """For a chain to be whole again; waiting for a node that holds the blocks counts."""
 MAX_ATTEMPTS = 64
+HOLE_S = 0.5
+"""A chain that found nobody for its lost blocks for so long, or that nobody mended because no step
+was asked for, does not hold hops that drain: one of them may be who comes to serve these blocks."""
 LOOK_S = 2.0
 """How often a chain looks for a slow hop."""
+DIRECT_S = 30.0
+"""How often hops that the client relays between try to reach each other again."""
 LOOK_TOKENS = 8
 """Tokens that a hop must have been measured on."""
-AVOID_S = 15.0
-"""A peer that a session lost, or that refused it, is not asked again for so long."""
+MAX_GAPS = 4
+"""How often a hop may say that it lacks something, with nothing coming out in between."""
 OPEN_DEADLINE_S = 15.0
-"""For every hop of a new chain to accept the session and reach the next."""
+"""For every hop of a new chain to accept the session and reach the next; what the client adds has
+its own time."""
 
 
 class Replacements(Protocol):
@@ -51,7 +51,8 @@ class Replacements(Protocol):
     async def find(self, gap: Gap, avoid: Mapping[str, PeerError]) -> Sequence[Hop]:
         """Hops that cover the blocks of ``gap``, none of them in ``avoid``.
 
-        Waits, and says for what, while there are none. Raises ``NoRoute`` past a deadline.
+        Waits, and says for what, while there are none; ``avoid`` gets shorter with time. Raises
+        ``NoRoute`` past a deadline.
         """
 
     def is_slow(self, hop: Hop, took_s: float) -> bool:
@@ -75,22 +76,24 @@ class Mender:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self._avoid: dict[str, tuple[float, PeerError]] = {}
+        self.links = Links(chain)
+        self.avoided = Avoided()
         self.stuck = StuckSteps(chain)
-        self._look_at = 0.0
+        self._look_at = self._direct_at = 0.0
         self._moves = Moves(chain, self)
 
     async def open(self, hops: Sequence[Hop]) -> None:
         """Open all hops at once, then link them. Raises what the first failing hop failed with."""
         chain = self._chain
-        with trio.move_on_after(OPEN_DEADLINE_S) as deadline:
+        in_s = OPEN_DEADLINE_S + tuning_deadline_s(chain.setup.tuning)
+        with trio.move_on_after(in_s) as deadline:
             chain.lines[:] = await self.open_lines(hops, chain.setup.client)
             with plain_errors():
                 async with trio.open_nursery() as nursery:
                     for index in range(len(chain.lines)):
-                        nursery.start_soon(self._connect, index)
+                        nursery.start_soon(self.links.connect, index)
         if deadline.cancelled_caught:
-            raise PeerGone(f"The chain did not open in {OPEN_DEADLINE_S:.0f} s.")
+            raise PeerGone(f"The chain did not open in {in_s:.0f} s.")
         self._raise_lost()
 
     async def mend(self, *, moved: bool = False) -> None:
@@ -130,28 +133,64 @@ class Mender:
             if line.lost is not None and line.peer_id not in lost:
                 lost[line.peer_id] = line.lost
                 self._give_up(line.lost)
-        await self._replace_lost()
+        if not await self._replace_lost():
+            return
         for index in reversed(range(len(self._chain.lines))):
             line = self._chain.lines[index]
             if line.lost is not None:
                 raise line.lost
-            if line.feeder is not self._feeder(index):
-                await self._connect(index)
+            if line.feeder is not self.links.feeder(index):
+                await self.links.connect(index)
 
-    async def _replace_lost(self) -> None:
-        """Open hops in the place of each run of lost ones."""
+    async def _replace_lost(self) -> bool:
+        """Open hops in the place of each run of lost ones; False if more were lost meanwhile."""
+        lines = self._chain.lines
+        runs = groupby(lines, key=lambda line: line.lost is not None)
+        for run in [list(group) for is_lost, group in runs if is_lost]:
+            hops = await self._find(self.gap(run))
+            if not hops:
+                return False
+            at = lines.index(run[0])
+            sender = lines[at - 1].peer_id if at else self._chain.setup.client
+            lines[at : at + len(run)] = await self.open_lines(hops, sender)
+        return True
+
+    async def _find(self, gap: Gap) -> Sequence[Hop]:
+        """Hops for a gap; none if it got wider, because hops that drain were let go meanwhile."""
         replacements = self._chain.setup.replacements
         assert replacements is not None
-        lines: list[Line] = []
-        runs = groupby(self._chain.lines, key=lambda line: line.lost is not None)
-        for is_lost, group in [(is_lost, list(run)) for is_lost, run in runs]:
-            if not is_lost:
-                lines += group
-                continue
-            hops = await replacements.find(self.gap(group), self.avoided())
-            sender = lines[-1].peer_id if lines else self._chain.setup.client
-            lines += await self.open_lines(hops, sender)
-        self._chain.lines[:] = lines
+        hops: Sequence[Hop] = ()
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._hold_nobody, nursery.cancel_scope)
+                hops = await replacements.find(gap, self.avoided)
+                nursery.cancel_scope.cancel()
+        return hops
+
+    async def _hold_nobody(self, search: trio.CancelScope) -> None:
+        await trio.sleep(HOLE_S)
+        while not self._let_go():
+            await self._chain.news()
+        search.cancel()
+
+    def _let_go(self) -> bool:
+        """Give up every hop that drains; whether there was one."""
+        going = [line for line in self._chain.lines if line.drains and line.lost is None]
+        for line in going:
+            cause = f"Peer {line.peer_id} is about to leave."
+            self._chain.lose(line, PeerRefused(cause, "", line.peer_id, "draining"))
+        return bool(going)
+
+    def look_for_holes(self) -> None:
+        """A hop is lost, or drains: if no step is asked for, nobody mends the chain for now."""
+        if self._chain.setup.replacements is not None:
+            self._chain.start(self._look_for_holes)
+
+    async def _look_for_holes(self) -> None:
+        await trio.sleep(HOLE_S)
+        is_cut = any(line.lost is not None for line in self._chain.lines)
+        if is_cut and not self._chain.stepping.locked():
+            self._let_go()
 
     def gap(self, group: Sequence[Line]) -> Gap:
         """The blocks of some hops, and between whom they lie."""
@@ -170,15 +209,7 @@ class Mender:
         opened: list[Line | None] = [None] * len(hops)
 
         async def one(index: int) -> None:
-            opened[index] = await open_line(
-                setup.opener,
-                hops[index],
-                setup.fingerprint,
-                setup.rows,
-                senders[index],
-                setup.client,
-                setup.rng,
-            )
+            opened[index] = await open_line(setup, hops[index], senders[index])
 
         try:
             with plain_errors():
@@ -195,101 +226,6 @@ class Mender:
             self._chain.start_line(line)
         return lines
 
-    async def _connect(self, index: int) -> None:
-        """Have hop ``index`` fed by the one before it, and bring it up to date."""
-        chain, line = self._chain, self._chain.lines[index]
-        if index == 0:
-            await self._feed(line, chain.head)
-        elif (through := chain.lines[index - 1].through) is not None:
-            await self._feed(line, through)
-        else:
-            await self._link(index)
-        line.feeder = self._feeder(index)
-        if index == 0 or chain.lines[index - 1].held is None:
-            for one in chain.lines[index:]:  # what is complete completes what it feeds
-                if one.feeder is not self._feeder(chain.lines.index(one)):
-                    break
-                one.held = None
-
-    async def _feed(self, line: Line, outlet: Outlet) -> None:
-        """Feed a hop ourselves."""
-        chain = self._chain
-        if line.expects != chain.setup.client:
-            await line.expect(chain.setup.client)
-        stream = await open_feed(self.dial, line.peer_id, (), line.session)
-        line.outlet = outlet
-        await outlet.attach(partial(self.deliver, stream), chain.replay(line.held), stream)
-
-    async def _link(self, index: int) -> None:
-        """Have the hop before feed hop ``index``; relay between the two if they do not meet."""
-        chain = self._chain
-        sender, line = chain.lines[index - 1], chain.lines[index]
-        if line.expects != sender.peer_id:
-            await line.expect(sender.peer_id)
-        replay = chain.replay(line.held)
-        try:
-            logged = await sender.link(self.to(line, replay))
-        except LinkFailed as failed:
-            if chain.setup.replacements is None:
-                raise PeerGone(
-                    f"Peer {sender.peer_id} lost its next hop {line.peer_id}: {failed}",
-                    peer_id=line.peer_id,
-                ) from None
-            logged = await self._relay(sender, line)
-        else:
-            if line.outlet is not None:  # it was relayed before
-                line.outlet.detach()
-                line.outlet = None
-        if sender.held is None:  # else what it lacks now goes through it when it comes
-            await self._extend(index - 1, replay, logged)
-
-    async def _relay(self, sender: Line, line: Line) -> tuple[int, ...]:
-        """Pass on what ``sender`` gives back; the log of that is ours then."""
-        outlet = self._chain.new_outlet()
-        # Our log of this link begins empty, so the sender gives everything back once; it is passed
-        # on only where the hop lacks it.
-        known = self._chain.replay(line.held).start
-        if line.expects != self._chain.setup.client:
-            await line.expect(self._chain.setup.client)
-        stream = await open_feed(self.dial, line.peer_id, (), line.session)
-        line.outlet = outlet
-        await outlet.attach(partial(self.deliver, stream), Replay(known, known), stream)
-        sender.through = outlet
-        return await sender.link(
-            Link(None, line.session, (), self._chain.replay([0] * self._chain.rows))
-        )
-
-    async def _extend(self, index: int, replay: Replay, logged: tuple[int, ...]) -> None:
-        """Where the log of hop ``index`` was too short for its receiver, replay through it."""
-        chain = self._chain
-        lacking = tuple(
-            max(start, have) if have < committed and start < committed else committed
-            for start, have, committed in zip(replay.start, logged, replay.committed, strict=True)
-        )
-        short = any(map(int.__lt__, logged, replay.committed))
-        if lacking == replay.committed and not (short and chain.pending()):
-            return  # a log that is too short has not kept what is under way either
-        if chain.rows > 1:  # all rows, so that no hop mixes two arrangements of them
-            lacking = (0,) * chain.rows
-        # As it is now: a step that was pending may have come out meanwhile.
-        again = chain.replay(lacking)
-        line = chain.lines[index]
-        outlet = chain.head if index == 0 else chain.lines[index - 1].through
-        if outlet is not None:
-            await self._feed_again(line, outlet, again)
-            return
-        sender = chain.lines[index - 1]
-        try:
-            more = await sender.link(self.to(line, again))
-        except LinkFailed as failed:
-            raise PeerGone(str(failed), peer_id=line.peer_id) from None
-        await self._extend(index - 1, again, more)
-
-    async def _feed_again(self, line: Line, outlet: Outlet, replay: Replay) -> None:
-        stream = await open_feed(self.dial, line.peer_id, (), line.session)
-        line.outlet = outlet
-        await outlet.attach(partial(self.deliver, stream), replay, stream)
-
     def lost_next(self, line: Line, session: bytes, why: str) -> None:
         """A hop says that it lost its next one. Whether that one is dead, its own stream tells."""
         chain = self._chain
@@ -303,6 +239,13 @@ class Mender:
             gone = PeerGone(cause, peer_id=following.peer_id)
             chain.lose(following, gone)
         chain.wake()
+
+    def drains(self, line: Line) -> None:
+        """A hop is about to go."""
+        line.drains = True
+        self.leave(line)
+        self.look_for_holes()
+        self._chain.wake()
 
     def leave(self, line: Line) -> None:
         """A hop is about to go, or slow: move away from it while it still serves."""
@@ -330,53 +273,48 @@ class Mender:
             if replacements.is_slow(line.hop, line.took_s):
                 self.leave(line)
 
+    def look_for_relays(self) -> None:
+        """Now and then, have hops that are relayed try to do without."""
+        lines = self._chain.lines
+        relayed = [two for one, two in pairwise(lines) if one.through is not None]
+        now = trio.current_time()
+        if not relayed or not self._direct_at:
+            self._direct_at = now + DIRECT_S if relayed else 0.0
+        elif now >= self._direct_at:
+            self._direct_at = now + DIRECT_S
+            for line in relayed:
+                self._chain.start(self._moves.link_directly, line)
+
     def rolled_back(self, committed: Sequence[int], rearranged: bool) -> None:
         """Who is being brought up to date must have what was changed since once more."""
+        limit = [0] * len(committed) if rearranged else committed
         for line in (*self._chain.lines, *self._moves.standing_by):
-            if line.held is not None:
-                line.held = (
-                    [0] * len(line.held) if rearranged else [*map(min, line.held, committed)]
-                )
+            line.cut(limit)
 
-    async def deliver(self, stream: FrameStream, step: Step, hidden: torch.Tensor) -> None:
-        if step.seq == 0 or self._chain.is_wanted(step.seq):
-            await send_step(stream, step, hidden)
-
-    async def dial(self, peer: str, addrs: tuple[str, ...], protocol: str) -> FrameStream:
-        return await self._chain.setup.opener.open_stream(peer, protocol)
-
-    def to(self, line: Line, replay: Replay, *, spare: bool = False) -> Link:
-        """The link that has a hop push to ``line``."""
-        return Link(line.peer_id, line.session, self._addrs(line.peer_id), replay, spare)
-
-    def _addrs(self, peer_id: str) -> tuple[str, ...]:
-        setup = self._chain.setup
-        if setup.replacements is not None:
-            return setup.replacements.addrs(peer_id)
-        return (setup.addrs or {}).get(peer_id, ())
-
-    def avoided(self) -> dict[str, PeerError]:
-        now = trio.current_time()
-        self._avoid = {p: entry for p, entry in self._avoid.items() if entry[0] > now}
-        return {peer: error for peer, (_, error) in self._avoid.items()}
+    def lacks(self, line: Line, why: str) -> None:
+        """A hop says that something is missing before what it was sent: it is fed anew. Its sender
+        lost that, or somebody before; it is not to blame unless it says so again and again."""
+        line.gaps += 1
+        if line.gaps > MAX_GAPS or line not in self._chain.lines:
+            cause = f"Peer {line.peer_id} cannot go on: {why}."
+            self._chain.lose(line, PeerRefused(cause, "", line.peer_id, "gap"))
+            return
+        line.held, line.feeder = [0] * self._chain.rows, None
+        self._chain.wake()
 
     def _give_up(self, error: PeerError) -> None:
         """Do not ask that peer again for a while; and let the node draw its conclusions."""
-        self._avoid[error.peer_id] = (trio.current_time() + AVOID_S, error)
+        self.avoided.add(error)
         for line in self._chain.lines:
             if line.peer_id == error.peer_id:
                 line.lose(error)
         if self._chain.setup.replacements is not None:
             self._chain.setup.replacements.blame(error)
 
-    def _feeder(self, index: int) -> object:
-        """Who is to push to hop ``index``."""
-        return self._chain.lines[index - 1] if index else self._chain
-
     def _is_whole(self) -> bool:
         lines = self._chain.lines
         return all(
-            line.lost is None and line.feeder is self._feeder(index)
+            line.lost is None and line.feeder is self.links.feeder(index)
             for index, line in enumerate(lines)
         )
 

@@ -22,6 +22,7 @@ from petalnode.protocol import MAX_ROWS, Segment, Step
 from petalnode.session.batch import Batch, BeamGeneration
 from petalnode.session.chain import Chain
 from petalnode.session.generation import GenerateOptions, Generation, Token
+from petalnode.session.soft_prompt import prefix_of, without_prompt
 
 __all__ = ["GenerateOptions", "Generation", "IdsSource", "Session", "Token"]
 
@@ -32,6 +33,8 @@ class IdsSource:
     ``rows`` are what was fed, or is about to be. A step that rearranges them brings its own,
     ``planned`` by who sends it: a replay before that step still needs those from before.
     """
+
+    complete = True
 
     def __init__(self, client: ClientParts, compute: Compute, rows: int = 1) -> None:
         self.rows: list[list[int]] = [[] for _ in range(rows)]
@@ -59,13 +62,17 @@ class IdsSource:
 
 
 class Session:
-    """One sequence over one chain. Made by ``Node.open_session``; one user at a time."""
+    """One sequence over one chain. Made by ``Node.open_session``; one user at a time.
+
+    ``ids`` begin with those of the soft prompt, ``prefix``, where there is one; positions count it.
+    """
 
     def __init__(
         self, chain: Chain, source: IdsSource, tokenizer: Tokenizer, compute: Compute
     ) -> None:
         self.chain = chain
-        self.ids: list[int] = []
+        self.prefix = prefix_of(source.client)
+        self.ids: list[int] = list(self.prefix)
         self.cached = 0
         self.tokenizer = tokenizer
         self.source = source
@@ -86,12 +93,12 @@ class Session:
     def rollback(self, position: int) -> None:
         """Forget all tokens from ``position`` on; the hops follow with the next step.
 
-        Raises ``UsageError`` for a position that the session does not have.
+        Raises ``UsageError`` for a position that the session does not have, or in a soft prompt.
         """
-        if not 0 <= position <= len(self.ids):
+        if not len(self.prefix) <= position <= len(self.ids):
             raise UsageError(
-                f"The session has {len(self.ids)} tokens, not {position}.",
-                f"Go back to a position from 0 to {len(self.ids)}.",
+                f"The session has {len(self.ids)} tokens; {position} is none to go back to.",
+                f"Go back to a position from {len(self.prefix)} to {len(self.ids)}.",
             )
         self._own_row()
         del self.ids[position:]
@@ -119,9 +126,10 @@ class Session:
         options = options or GenerateOptions()
         self._check_rows(options.num_beams)
         if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt, add_special=not self.ids)
+            start = len(self.ids) == len(self.prefix)
+            prompt = self.tokenizer.encode(prompt, add_special=start)
         self.append(prompt)
-        if not self.ids or not (self.missing or options.num_beams > 1):
+        if len(self.ids) == len(self.prefix) or not (self.missing or options.num_beams > 1):
             raise UsageError("The prompt is empty.", "Give at least one token to go on from.")
         return (BeamGeneration if options.num_beams > 1 else Generation)(self, options)
 
@@ -143,9 +151,9 @@ class Session:
         if not every or not all(map(len, every)):
             raise UsageError("A prompt is empty.", "Give at least one token to each.")
         for ids in every:
-            self._check_ids(ids, len(ids))
-        self.rollback(0)
-        return Batch(self, [list(ids) for ids in every], options)
+            self._check_ids(ids, len(self.prefix) + len(ids))
+        self.rollback(len(self.prefix))
+        return Batch(self, [[*self.prefix, *ids] for ids in every], options)
 
     def append(self, ids: Sequence[int]) -> None:
         """Add tokens that the next step will feed.
@@ -169,7 +177,8 @@ class Session:
 
     def choose(self, sampler: Sampler, hidden: torch.Tensor) -> tuple[int, torch.Tensor]:
         """Sample from the last output, and embed the choice. Runs in the worker thread."""
-        token = sampler.sample(self.client.logits(hidden)[-1], self.ids)
+        said = without_prompt(self.ids, self.prefix)
+        token = sampler.sample(self.client.logits(hidden)[-1], said)
         position = torch.tensor([len(self.ids)])
         return token, self.client.embed(torch.tensor([token]), position)
 

@@ -81,7 +81,7 @@ class StuckSteps:
         """A step was lost on its way to a hop: its sender has it, or else the client."""
         lines = self._chain.lines
         for one in lines[: lines.index(line)] if self._sent_again == step.seq else ():
-            one.feeder = None
+            one.feeder = one.through = None
         line.feeder = None
         self._sent_again = step.seq
 

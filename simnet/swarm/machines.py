@@ -6,8 +6,8 @@ from random import Random
 from typing import Any, Literal
 
 from petalnode.routing.announcement import Announcement, State
-from petalnode.routing.capacity import Record
-from petalnode.routing.rebalance import Move, plan_moves
+from petalnode.routing.capacity import Record, Seating
+from petalnode.routing.rebalance import Move, best_moves
 from petalnode.simnet.swarm.scenario import Group, Scenario
 
 FINGERPRINT = "5" * 32
@@ -18,12 +18,18 @@ Phase = Literal["away", "joining", "online", "draining", "moving"]
 
 
 class View:
-    """What the machines that hear of news at the same time believe."""
+    """What the machines that hear of news at the same time believe.
 
-    def __init__(self, region: int) -> None:
+    ``members`` are those of them that are there. ``seating`` has what placement reads of
+    ``records``, so that no choice begins with ten thousand records.
+    """
+
+    def __init__(self, region: int, num_blocks: int) -> None:
         self.region = region
-        self.version = 0
+        self.members: set[str] = set()
         self.records: dict[str, Announcement] = {}
+        self.seating = Seating((), num_blocks)
+        self.listed = 0  # moves of the last plan
         self._gone: dict[str, int] = {}  # the last number of those who are not there any more
         self._plans: dict[Collection[str], tuple[Move, ...]] = {}
 
@@ -37,7 +43,8 @@ class View:
             self.drop(record.peer_id, record.seq)
         else:
             self.records[record.peer_id] = record
-            self._changed()
+            self.seating.update(record)
+            self._plans.clear()
 
     def drop(self, peer_id: str, seq: int) -> None:
         """The peer is dead, unless it was heard of after ``seq``."""
@@ -45,19 +52,17 @@ class View:
         if known is None or known.seq <= seq:
             self.records.pop(peer_id, None)
             self._gone[peer_id] = max(seq, self._gone.get(peer_id, 0))
-            self._changed()
+            self.seating.drop(peer_id)
+            self._plans.clear()
 
     def plan(
         self, records: Iterable[Record], num_blocks: int, *, passed: Collection[str] = ()
     ) -> tuple[Move, ...]:
-        """``plan_moves`` on this view's records, once for all who share them."""
+        """``plan_moves`` on this view's records, anew when they changed."""
         if passed not in self._plans:
-            self._plans[passed] = plan_moves(records, num_blocks, passed=passed)
+            self._plans[passed] = best_moves(self.seating, passed)
+        self.listed = len(self._plans[passed])
         return self._plans[passed]
-
-    def _changed(self) -> None:
-        self.version += 1
-        self._plans.clear()
 
 
 @dataclass(eq=False)
@@ -76,7 +81,6 @@ class Machine:
     seq: int = 0
     life: int = 0
     sessions: dict[int, Any] = field(default_factory=dict)
-    mind: Any = None  # what its policy keeps about it
 
     def announcement(self, state: State, now: float) -> Announcement:
         """Its next record."""
@@ -111,7 +115,7 @@ class Machine:
 def build(scenario: Scenario, rng: Random) -> tuple[list[Machine], list[View]]:
     """All machines, in random order of numbers, and their views."""
     regions = range(len(scenario.nodes) if scenario.news.regions else 1)
-    views = [View(region) for region in regions for _ in range(VIEWS_A_REGION)]
+    views = [View(region, scenario.blocks) for region in regions for _ in range(VIEWS_A_REGION)]
     machines: list[Machine] = []
     for region, group in enumerate(scenario.nodes):
         near = [view for view in views if not scenario.news.regions or view.region == region]

@@ -1,16 +1,20 @@
 """Who takes which blocks: ours, the paper's rule, and two that never move anybody."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Protocol
 
 from petalnode.routing import paper_rule
-from petalnode.routing.placement import choose_window
-from petalnode.routing.rebalance import Rebalancer
-from petalnode.simnet.swarm.machines import Machine
+from petalnode.routing.placement import best_window
+from petalnode.routing.rebalance import Move, Rebalancer
+from petalnode.simnet.swarm.machines import Machine, View
 
-CHECK_S = 5.0
-"""How often a node of ours looks at its view."""
+LOOK_S = 1.0
+"""How often a node of ours looks whether it should move."""
+LOOK_S_PER_PEER = 0.01
+MAX_LOOK_S = 25.0
+"""After a list it waits longer, for making one took so long: a third of a second for 1,000 peers,
+of its time a node gives 3 % (``petalnode.placing``)."""
 
 
 class Policy(Protocol):
@@ -30,8 +34,14 @@ class Policy(Protocol):
     def check_delay_s(self) -> float | None:
         """Until the next ``check``; None: there is none."""
 
-    def check(self, machine: Machine, now: float) -> tuple[int, int] | None:
-        """Where the machine moves now, if anywhere."""
+    def check(self, machine: Machine) -> bool:
+        """Whether the machine leaves now, to choose again once it is gone."""
+
+    def look_delay_s(self, view: View) -> float | None:
+        """Until those who share the view look at it again; None: they do not."""
+
+    def due(self, view: View, now: float) -> Sequence[Move]:
+        """Who of those who share the view moves now, and where."""
 
     def gave_up(self, machine: Machine, now: float) -> None:
         """The machine could not drain, and stays."""
@@ -60,8 +70,14 @@ class Still:
     def check_delay_s(self) -> float | None:
         return None
 
-    def check(self, machine: Machine, now: float) -> tuple[int, int] | None:
+    def check(self, machine: Machine) -> bool:
+        return False
+
+    def look_delay_s(self, view: View) -> float | None:
         return None
+
+    def due(self, view: View, now: float) -> Sequence[Move]:
+        return ()
 
     def gave_up(self, machine: Machine, now: float) -> None:
         """Nobody moves here."""
@@ -84,17 +100,17 @@ class Paper(Still):
     def check_delay_s(self) -> float | None:
         return self._rng.uniform(0.0, 2 * paper_rule.MEAN_CHECK_PERIOD_S)
 
-    def check(self, machine: Machine, now: float) -> tuple[int, int] | None:
+    def check(self, machine: Machine) -> bool:
         records = machine.view.records.values()
-        if paper_rule.should_move(machine.peer_id, records, self._num_blocks, self._rng):
-            return machine.span  # it chooses once it is gone
-        return None
+        return paper_rule.should_move(machine.peer_id, records, self._num_blocks, self._rng)
 
 
 class Ours(Still):
     """``routing.placement`` and ``routing.rebalance``."""
 
-    drains = True
+    def __init__(self, num_blocks: int, rng: Random) -> None:
+        super().__init__(num_blocks, rng)
+        self._minds: dict[View, Rebalancer] = {}
 
     def join_delay_s(self) -> float:
         return 0.0
@@ -105,24 +121,28 @@ class Ours(Still):
     def reconsider(self, machine: Machine) -> tuple[int, int]:
         return self._choose(machine, machine.span)
 
-    def check_delay_s(self) -> float | None:
-        return CHECK_S * self._rng.uniform(0.5, 1.5)
+    def look_delay_s(self, view: View) -> float | None:
+        slow_s = LOOK_S_PER_PEER * len(view.records) if view.listed else 0.0
+        return max(LOOK_S, min(slow_s, MAX_LOOK_S))
 
-    def check(self, machine: Machine, now: float) -> tuple[int, int] | None:
-        if machine.mind is None:
-            machine.mind = Rebalancer(
-                machine.peer_id, self._num_blocks, self._rng, machine.view.plan
-            )
-        move = machine.mind.check(machine.view.records.values(), now)
-        return None if move is None else (move.start, move.end)
+    def due(self, view: View, now: float) -> Sequence[Move]:
+        return self._mind(view).check(view.records.values(), now)
 
     def gave_up(self, machine: Machine, now: float) -> None:
-        machine.mind.gave_up(now)
+        self._mind(machine.view).gave_up(machine.peer_id, now)
+
+    def _mind(self, view: View) -> Rebalancer:
+        if view not in self._minds:
+            self._minds[view] = Rebalancer(view.members, self._num_blocks, self._rng, view.plan)
+        return self._minds[view]
 
     def _choose(self, machine: Machine, current: tuple[int, int] | None) -> tuple[int, int]:
-        records = machine.view.records
-        others = [record for peer, record in records.items() if peer != machine.peer_id]
-        return choose_window(others, self._num_blocks, machine.memory, machine.rate, current)
+        seating = machine.view.seating
+        own = seating.drop(machine.peer_id)
+        chosen = best_window(seating, machine.memory, machine.rate, current)
+        if own is not None:
+            seating.put(own)
+        return chosen
 
 
 POLICIES: dict[str, Callable[[int, Random], Policy]] = {

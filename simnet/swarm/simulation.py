@@ -4,13 +4,12 @@ Deterministic: all chance comes from the seed, and nothing depends on the order 
 """
 
 from functools import partial
-from math import ceil
 from random import Random
 
 from petalnode.routing.announcement import State
 from petalnode.routing.capacity import bound
 from petalnode.simnet.swarm.clock import Action, Clock
-from petalnode.simnet.swarm.machines import Machine, build
+from petalnode.simnet.swarm.machines import Machine, View, build
 from petalnode.simnet.swarm.measure import Meter, Solver
 from petalnode.simnet.swarm.policies import POLICIES
 from petalnode.simnet.swarm.scenario import Departure, Scenario
@@ -34,6 +33,7 @@ class Simulation:
         self.clock = Clock()
         self._chance = Random(f"{seed}/events")
         self.machines, self.views = build(scenario, Random(f"{seed}/machines"))
+        self._by_id = {machine.peer_id: machine for machine in self.machines}
         self._policy = POLICIES[policy](scenario.blocks, Random(f"{seed}/policy"))
         self.traffic = Traffic(
             scenario, self.clock, self.machines, self.views, Random(f"{seed}/traffic")
@@ -45,6 +45,8 @@ class Simulation:
         """To the end of the scenario."""
         self.traffic.begin()
         self._sample()
+        for view in self.views:
+            self._look_later(view)
         self.clock.run(self.scenario.duration_s)
         self.meter.digest = self.clock.digest()
         return self.meter
@@ -106,7 +108,7 @@ class Simulation:
         if machine.phase != "away":
             return
         machine.life += 1
-        machine.mind = None
+        machine.view.members.add(machine.peer_id)
         machine.phase = "joining"
         machine.span = (0, 0)
         self._later(machine, self._policy.join_delay_s(), partial(self._join, machine))
@@ -130,6 +132,7 @@ class Simulation:
         announced = machine.span != (0, 0)
         machine.life += 1
         machine.phase, machine.target = "away", None
+        machine.view.members.discard(machine.peer_id)
         self.clock.note("crash" if crashes else "leave", machine.peer_id)
         self.traffic.gone(machine)
         if not announced:
@@ -156,17 +159,25 @@ class Simulation:
     def _check_later(self, machine: Machine) -> None:
         delay = self._policy.check_delay_s()
         if delay is not None:
-            # On whole seconds, so that those who share a view share its plan, too.
-            delay = ceil(self.clock.now + delay) - self.clock.now
             self._later(machine, delay, partial(self._check, machine))
 
     def _check(self, machine: Machine) -> None:
-        if machine.knows_itself():
-            target = self._policy.check(machine, self.clock.now)
-            if target is not None:
-                self._move(machine, target)
-                return
-        self._check_later(machine)
+        if machine.knows_itself() and self._policy.check(machine):
+            self._move(machine, machine.span)
+        else:
+            self._check_later(machine)
+
+    def _look_later(self, view: View) -> None:
+        delay = self._policy.look_delay_s(view)
+        if delay is not None:
+            self.clock.after(delay, partial(self._look, view))
+
+    def _look(self, view: View) -> None:
+        for move in self._policy.due(view, self.clock.now):
+            machine = self._by_id[move.peer_id]
+            if machine.phase == "online" and machine.knows_itself():
+                self._move(machine, (move.start, move.end))
+        self._look_later(view)
 
     def _move(self, machine: Machine, target: tuple[int, int]) -> None:
         self.meter.moves += 1

@@ -1,6 +1,7 @@
 """What interrupts do to ``petalnode run``, and what ``generate`` tells of its node."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -16,7 +17,9 @@ from petalnode.models.checkpoint import open_checkpoint
 async def test_after_the_last_word_a_signal_kills(serves, signals, monkeypatch):
     """A thread that waits for a hub that does not answer must not hold the process."""
     restored = []
-    monkeypatch.setattr(run.signal, "signal", lambda *one: restored.append(one))
+    # Not the module's own function: trio gives its handler back with it.
+    fake = SimpleNamespace(signal=lambda *one: restored.append(one), SIG_DFL=signal.SIG_DFL)
+    monkeypatch.setattr(run, "signal", fake)
     serving, drain, scope = trio.Event(), trio.Event(), trio.CancelScope()
     if serves:
         serving.set()

@@ -2,16 +2,21 @@
 
 import json
 import sys
+from collections import Counter
+
+import trio
 
 from petalnode import events
 from petalnode.cli.output import CLEAR_TO_END, end_progress, print_human, print_json
+from petalnode.cli.run import REFUSALS_EVERY_S, tell_refusals
 
 MEMORY = {"weights": 2**20, "peak": 2**21}
 EVENTS = [
     events.Listening("peer-abcdef", ["/ip4/127.0.0.1/tcp/1/p2p/peer-abcdef"], "pn1:x"),
     events.Loading((0, 4), 1, 4),
-    events.Ready("peer-abcdef", (0, 4), "demo", {"decode": 5.0, "forward": 9.0}, MEMORY),
+    events.Ready("peer-abcdef", (0, 4), "demo", {"decode": 5.0, "forward": 9.0}, MEMORY, ["law@1"]),
     events.Draining(2),
+    events.Refused({"size": 1, "flood": 7}),
     events.Stopped(),
     events.Waiting("Block 3 is served by nobody.", 20.0),
     events.Route([events.HopInfo("peer-abcdef", (0, 4), 1.5), events.HopInfo("b", (4, 8), None)]),
@@ -26,7 +31,7 @@ def test_json_is_one_object_a_line_named_by_its_event(capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines] == [event.event for event in EVENTS]
     assert lines[0]["invite"] == "pn1:x"
-    assert lines[6]["hops"][0] == {"peer_id": "peer-abcdef", "blocks": [0, 4], "rtt_ms": 1.5}
+    assert lines[7]["hops"][0] == {"peer_id": "peer-abcdef", "blocks": [0, 4], "rtt_ms": 1.5}
 
 
 def test_only_the_text_goes_to_stdout(capsys):
@@ -34,7 +39,14 @@ def test_only_the_text_goes_to_stdout(capsys):
         print_human(event)
     out, err = capsys.readouterr()
     assert out == "def\n"
-    for words in ("--join pn1:x", "…abcdef (blocks 0:4, 1.5 ms)", "Block 3", "2 sessions"):
+    for words in (
+        "--join pn1:x",
+        "…abcdef (blocks 0:4, 1.5 ms)",
+        "Block 3",
+        "2 sessions",
+        "; offers law@1",
+        "7 flood, 1 size",
+    ):
         assert words in err
 
 
@@ -58,3 +70,17 @@ def test_progress_is_for_terminals(capsys):
     print_human(events.Loading((0, 4), 1, 4))
     end_progress()
     assert capsys.readouterr().err == ""
+
+
+async def test_what_a_node_refuses_is_told_when_there_is_more_of_it(autojump_clock):
+    refused, told = Counter(), []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell_refusals, refused, told.append)
+        await trio.sleep(2.5 * REFUSALS_EVERY_S)
+        assert told == []
+        refused["flood"] += 3
+        await trio.sleep(2 * REFUSALS_EVERY_S)
+        refused["size"] += 1
+        await trio.sleep(2 * REFUSALS_EVERY_S)
+        nursery.cancel_scope.cancel()
+    assert told == [events.Refused({"flood": 3}), events.Refused({"flood": 3, "size": 1})]

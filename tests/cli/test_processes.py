@@ -15,6 +15,8 @@ import trio
 
 PROMPT = "def main():\n"
 DEADLINE_S = 60
+ALL_TESTS_S = 300
+"""For what serves all tests of this file."""
 
 
 def command(*arguments):
@@ -30,10 +32,10 @@ def environment(tmp_path_factory):
 class Serving:
     """A ``petalnode run demo`` process; events are read as they are waited for."""
 
-    def __init__(self, environment, *arguments):
+    def __init__(self, environment, *arguments, deadline_s):
         verb = command("run", "demo", "--json", "--host", "127.0.0.1", *arguments)
         self.process = subprocess.Popen(verb, stdout=subprocess.PIPE, env=environment, text=True)
-        self.watchdog = Timer(DEADLINE_S, self.process.kill)
+        self.watchdog = Timer(deadline_s, self.process.kill)
         self.watchdog.start()
 
     def wait_for(self, kind):
@@ -51,8 +53,8 @@ class Serving:
 
 
 @contextmanager
-def serving(environment, *arguments):
-    node = Serving(environment, *arguments)
+def serving(environment, *arguments, deadline_s=DEADLINE_S):
+    node = Serving(environment, *arguments, deadline_s=deadline_s)
     try:
         yield node
     finally:
@@ -65,10 +67,10 @@ def serving(environment, *arguments):
 @pytest.fixture(scope="module")
 def swarm(environment):
     """Two nodes with half of the model each; the value has the founder's events."""
-    with serving(environment, "--blocks", "0:4") as founder:
+    with serving(environment, "--blocks", "0:4", deadline_s=ALL_TESTS_S) as founder:
         listening = founder.wait_for("listening")
         second = ["--blocks", "4:8", "--join", listening["invite"]]
-        with serving(environment, *second) as joiner:
+        with serving(environment, *second, deadline_s=ALL_TESTS_S) as joiner:
             joiner.wait_for("ready")
             founder.wait_for("ready")
             yield listening

@@ -1,6 +1,7 @@
 """What ``petalnode status`` shows to people and programs, once and while it watches."""
 
 import json
+import time
 from argparse import Namespace
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import trio
 from petalnode.cli import status
 from petalnode.cli.output import print_human, print_json
 from petalnode.cli.status import CLEAR, END_LINE, END_SCREEN, HOME, Screen, report_for, watch
-from petalnode.cli.swarm_table import bar, columns, ranges, swarm_lines
+from petalnode.cli.swarm_table import about, bar, columns, counted, ranges, swarm_lines
 from petalnode.errors import PeerUnreachable, SwarmMismatch
 from petalnode.joining import parse_joins
 from petalnode.node import NodeOptions, open_node
@@ -32,8 +33,9 @@ RECORDS = [
 ]
 
 
-def described(records=RECORDS, blocks=8, rtts=None):
-    return describe_swarm("demo", blocks, records, rtts or {"aaaaaa": 0.001, "bbbbbb": 0.002})
+def described(records=RECORDS, blocks=8, rtts=None, refused=()):
+    rtts = rtts or {"aaaaaa": 0.001, "bbbbbb": 0.002}
+    return describe_swarm("demo", blocks, records, rtts, dict(refused))
 
 
 def test_every_peer_is_used_or_told_why_not():
@@ -55,16 +57,21 @@ def test_people_see_bars_copies_and_reasons(capsys):
     assert head == "demo: 8 blocks, 4 peers, covered"
     assert copies.split() == ["copies", "11112211"]
     assert len(peers) == 8
-    assert "…aaaaaa ████···· 0:4 online    1.0 ms" in peers[0]
-    assert "512 kv" in peers[0]
-    assert "adapter poet" in peers[0]
-    assert peers[1].strip() == "used for blocks 0 to 3"
+    assert peers[0] == "  …aaaaaa ████···· 0:4 online   aaaaaa"
+    assert peers[1].split()[:6] == ["1.0", "ms", "10.0", "tok/s", "512", "kv"]
+    assert peers[1].endswith("adapter poet  used for blocks 0 to 3")
     assert peers[2].endswith("attic")
-    assert "?" in peers[4]
-    assert "nf4" in peers[4]
-    assert "draining" in peers[6]
-    assert "moving to 2:8" in peers[6]
-    assert peers[7].strip() == "it is draining"
+    assert peers[5].strip().startswith("? ms")
+    assert "nf4  slower: " in peers[5]
+    assert peers[6].split()[2:4] == ["0:8", "draining"]
+    assert peers[7].endswith("moving to 2:8  it is draining")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0"), (999, "999"), (1000, "1.0k"), (1 << 20, "1.0M"), (3e9, "3.0G")]
+)
+def test_large_numbers_are_rounded(count, text):
+    assert about(count) == text
 
 
 def test_programs_see_the_same(capsys):
@@ -98,7 +105,17 @@ def test_holes_are_named():
     assert "Blocks 3 to 5 and block 7" in swarm.not_used[0].why
 
 
+def test_refusals_are_counted_the_most_frequent_first(capsys):
+    print_human(described(refused={"size": 1, "flood": 12, "stale": 1}))
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == "  refused: 12 flood, 1 size, 1 stale"
+    assert counted({}) == ""
+
+
 def test_nobody_is_there():
+    assert swarm_lines(described([record("a", 0, 1)], blocks=1))[0] == (
+        "demo: 1 block, 1 peer, covered"
+    )
     first, copies = swarm_lines(described([]))
     assert "0 peers, NOT covered: nobody serves 0:8" in first
     assert copies.split()[-1] == "0" * 8
@@ -211,8 +228,22 @@ def test_each_peer_that_lives_is_shown_once_whatever_the_contact_says():
         (5, 0.0, {"moving_to": (0, 9)}),
         (6, 0.0, {"fingerprint": "f" * 32}),
     )
-    records = valid_records(hello, WALL)
+    records, refused = valid_records(hello, WALL)
     assert [(a.peer_id, a.seq) for a in records] == [(identity(1).peer_id, 3)]
+    assert refused == {"stale": 1, "expired": 1, "span": 2, "fingerprint": 1}
+
+
+async def test_who_has_a_wrong_clock_is_told_why_nobody_is_shown(tmp_path, capsys):
+    options = NodeOptions(
+        blocks=(0, 4), host="127.0.0.1", identity=tmp_path / "key", device="cpu", dtype="float32"
+    )
+    async with open_node("demo", options) as node:
+        joins = parse_joins([node.invite])
+        async with open_survey(joins, None, lambda: time.time() - 3600) as survey:
+            swarm = await survey.look()
+    assert (swarm.peers, swarm.refused) == ([], {"future": 1})
+    print_human(swarm)
+    assert "refused: 1 future (is this machine's clock right?)" in capsys.readouterr().out
 
 
 async def test_a_contact_that_belongs_elsewhere_by_now_is_not_taken_for_the_swarm(tmp_path):

@@ -118,13 +118,9 @@ def test_an_unsupported_family_names_the_supported_ones(capsys, tmp_path):
     assert "llama" in error
 
 
-@pytest.mark.parametrize("flags", [["--adapter", "x"], ["--api-port", "8000"]])
+@pytest.mark.parametrize("flags", [["--api-port", "8000"]])
 def test_what_is_not_built_yet_says_so(capsys, flags):
     assert "not built yet" in fails(capsys, "run", "demo", *flags)
-
-
-def test_adapters_of_a_generation_are_not_built_yet(capsys):
-    assert "not built yet" in fails(capsys, "generate", "demo", "hello", "--adapter", "a")
 
 
 @pytest.mark.parametrize("flags", [["65"], ["2", "--temperature", "1"], ["2", "--stop", "x"]])

@@ -4,13 +4,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import trio
 
 from petalnode.compute import ComputeThread
 from petalnode.errors import PeerError, PeerUnreachable
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 from petalnode.models.loading import load_block_span, load_client
+from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.p2p.frames import FrameStream
 from petalnode.p2p.memory import memory_frame_pair
 from petalnode.replay import Source
@@ -21,6 +24,7 @@ from petalnode.serving.server import HopServer
 from petalnode.session.chain import Chain, ChainSetup, open_chain
 from petalnode.session.recovery import Replacements
 from petalnode.session.session import IdsSource, Session
+from petalnode.session.soft_prompt import PromptedClient
 
 
 @dataclass
@@ -100,6 +104,8 @@ class MemorySwarm:
         rows: int = 1,
         source: Source | None = None,
         replacements: Replacements | None = None,
+        adapter: str = "",
+        tuning: Tuning = NOTHING,
     ) -> AsyncIterator[Chain]:
         """An open chain over ``(peer, start, end)`` hops."""
         setup = ChainSetup(
@@ -110,6 +116,8 @@ class MemorySwarm:
             rows,
             source=source,
             replacements=replacements,
+            adapter=adapter,
+            tuning=tuning,
         )
         async with open_chain(setup, [Hop(*hop) for hop in hops]) as chain:
             yield chain
@@ -120,10 +128,16 @@ class MemorySwarm:
         *hops: tuple[str, int, int],
         rows: int = 1,
         replacements: Replacements | None = None,
+        soft_prompt: torch.Tensor | None = None,
+        **added: Any,
     ) -> AsyncIterator[Session]:
-        """A session over a chain of such hops."""
-        source = IdsSource(self.client, self.compute, rows)
-        async with self.chain(*hops, rows=rows, source=source, replacements=replacements) as chain:
+        """A session over a chain of such hops; ``added`` is its ``adapter`` or ``tuning``."""
+        client = self.client
+        if soft_prompt is not None:
+            client = PromptedClient(client, soft_prompt)
+        source = IdsSource(client, self.compute, rows)
+        opening = self.chain(*hops, rows=rows, source=source, replacements=replacements, **added)
+        async with opening as chain:
             yield Session(chain, source, self.checkpoint.tokenizer(), self.compute)
 
     async def _handle(self, server: HopServer, stream: FrameStream) -> None:

@@ -20,9 +20,10 @@ class FakeGossip:
         self.view = SwarmView()
         self.times: list[float] = []
 
-    async def publish(self, announcement: Any) -> None:
+    async def publish(self, announcement: Any) -> Any:
         self.times.append(trio.current_time())
         self.view.apply(announcement, trio.current_time(), b"")
+        return announcement
 
 
 class Node:

@@ -4,12 +4,13 @@ import pytest
 import torch
 import trio
 
-from petalnode.compute import ComputeThread
+from petalnode.compute import LIGHT, ComputeThread
 from petalnode.errors import LocalProtocolError
 from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.loading import load_block_span
 from petalnode.models.span import RowSlice
 from petalnode.serving.engine import RowWork, SpanEngine
+from petalnode.serving.scheduler import TURNS_PER_TRAINING_STEP
 
 
 @pytest.fixture
@@ -149,4 +150,146 @@ async def test_a_cancelled_frame_leaves_the_queue(span):
         await trio.testing.wait_all_tasks_blocked()
         assert engine.queue_depth == 1
         nursery.cancel_scope.cancel()
+    assert engine.queue_depth == 0
+
+
+class Inline:
+    """``Compute`` without a thread, so that what happens in turn can be seen in turn."""
+
+    async def run(self, function, load=None):
+        await trio.lowlevel.checkpoint()
+        return function()
+
+
+class Steps:
+    """A training job of so many steps, which notes each, and may fail in one."""
+
+    def __init__(self, name, count, noted, fails_at=0):
+        self.name, self.steps_left, self.noted, self.fails_at = name, count, noted, fails_at
+
+    def step(self):
+        if self.steps_left == self.fails_at:
+            raise RuntimeError("no memory left")
+        self.noted.append(self.name)
+        self.steps_left -= 1
+
+
+def job(name, count, noted, **options):
+    return lambda span: Steps(name, count, noted, **options)
+
+
+class Noting:
+    """A span that notes its forward calls beside training steps."""
+
+    def __init__(self, span, noted):
+        self._span, self.noted = span, noted
+
+    def __getattr__(self, name):
+        return getattr(self._span, name)
+
+    def forward(self, x, rows, start, end):
+        self.noted.append("prefill" if x.shape[0] > 8 else "decode")
+        return self._span.forward(x, rows, start, end)
+
+
+async def test_decode_goes_first_then_prefill_then_training(span):
+    noted = []
+    engine = SpanEngine(Noting(span, noted), Inline())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.train, job("train", 2, noted), LIGHT)
+        nursery.start_soon(engine.run, 0, 4, [row(span, 300)], torch.randn(300, 64))
+        nursery.start_soon(engine.run, 0, 4, [row(span, 1)], torch.randn(1, 64))
+        await trio.testing.wait_all_tasks_blocked()
+        assert engine.queue_depth == 3
+        nursery.start_soon(engine.serve)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert noted[0] == "decode"
+    assert noted[-2:] == ["train", "train"]
+    assert set(noted[1:-2]) == {"prefill"}
+    assert engine.training_steps == 2
+
+
+async def test_a_token_waits_for_one_training_step_at_most(span):
+    noted, waited = [], []
+    engine = SpanEngine(Noting(span, noted), Inline())
+
+    async def decode():
+        for _ in range(5):
+            already = len(noted)
+            await engine.run(0, 4, [row(span, 1)], torch.randn(1, 64))
+            waited.append(noted[already:].index("decode"))
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()  # the client chooses its next token
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.train, job("train", 40, noted), LIGHT)
+        nursery.start_soon(engine.serve)
+        await decode()
+        nursery.cancel_scope.cancel()
+    assert max(waited) == 1  # the step that ran when it came
+    assert "train" in noted
+
+
+async def test_training_is_not_starved_by_work_that_never_ends(span):
+    noted = []
+    engine = SpanEngine(Noting(span, noted), Inline())
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(engine.run, 0, 4, [row(span, 2048)], torch.randn(2048, 64))
+        nursery.start_soon(engine.train, job("train", 3, noted), LIGHT)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(engine.serve)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    turns = ["prefill"] * TURNS_PER_TRAINING_STEP
+    assert noted == [*turns, "train", *turns, "train", "train"]
+
+
+async def test_jobs_are_computed_one_after_the_other(span):
+    noted = []
+    engine = SpanEngine(span, Inline())
+    async with trio.open_nursery() as nursery:
+        for name in ("one", "two"):
+            nursery.start_soon(engine.train, job(name, 2, noted), LIGHT)
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(engine.serve)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert noted == ["one", "one", "two", "two"]
+
+
+async def test_a_job_that_fails_is_told_to_its_own_client(span, caplog):
+    noted = []
+    engine = SpanEngine(span, Inline())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.serve)
+        with pytest.raises(LocalProtocolError, match="no memory left"):
+            await engine.train(job("bad", 3, noted, fails_at=2), LIGHT)
+        steps = await engine.train(job("good", 2, noted), LIGHT)
+        assert steps.steps_left == 0
+        nursery.cancel_scope.cancel()
+    assert noted == ["bad", "good", "good"]
+    assert engine.queue_depth == 0
+
+
+async def test_a_cancelled_job_is_dropped_at_its_next_step(span):
+    noted, scope = [], trio.CancelScope()
+    engine = SpanEngine(span, Inline())
+
+    class Leaving(Steps):
+        def step(self):
+            super().step()
+            scope.cancel()
+
+    async def client():
+        with scope:
+            await engine.train(lambda span: Leaving("left", 9, noted), LIGHT)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client)
+        nursery.start_soon(engine.serve)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert len(noted) <= 2
     assert engine.queue_depth == 0

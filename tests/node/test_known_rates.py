@@ -1,5 +1,6 @@
 """What a machine remembers of its speed, and what it makes of a file that is none."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -61,6 +62,18 @@ def test_a_place_that_cannot_be_written_costs_nothing(tmp_path):
     known = KnownRates(tmp_path / "file" / "rates.json")
     known.put("key", Rates(2.0, 30.0))
     assert known.get("key") is None
+
+
+@pytest.mark.parametrize("call", ["os.replace", "pathlib.Path.write_text"])
+def test_a_disk_that_is_full_leaves_nothing_behind(path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    KnownRates(path).put("key", Rates(2.0, 30.0))
+    monkeypatch.setattr(call, full)
+    KnownRates(path).put("key", Rates(3.0, 40.0))
+    assert KnownRates(path).get("key") == Rates(2.0, 30.0)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_only_so_many_are_kept_the_newest(path):

@@ -12,9 +12,9 @@ from petalnode.errors import ModelError
 from petalnode.events import Moving, Ready
 from petalnode.holding import MOVE_DRAIN_S, Holding
 from petalnode.models import loading
-from petalnode.placing import GIVEN_UP_S, Balancer, choose_span
+from petalnode.placing import Balancer, choose_span
 from petalnode.protocol import HOP_PROTOCOL, SESSION_ID_BYTES, Open
-from petalnode.routing.rebalance import PATIENCE_S
+from petalnode.routing.rebalance import GAVE_UP_S, PATIENCE_HOLE_S
 from petalnode.session.session import GenerateOptions
 from petalnode.simnet.compute import Cost
 from petalnode.simnet.world import open_world
@@ -200,10 +200,10 @@ async def test_a_node_whose_sessions_do_not_end_stays_until_they_do(checkpoint, 
         assert (said.state, said.moving_to) == ("draining", (4, 8))
         await trio.sleep(MOVE_DRAIN_S)
         said = node(world, "b").swarm.view.get(served.peer_id, trio.current_time())
-        assert (said.state, said.moving_to, said.pinned) == ("online", None, True)
+        assert (said.state, said.moving_to, said.pinned) == ("online", None, False)
         assert served.service.server.sessions == 1
         control.reset()
-        await until(lambda: served.blocks == (4, 8), GIVEN_UP_S + FILLED_S)
+        await until(lambda: served.blocks == (4, 8), GAVE_UP_S + FILLED_S)
 
 
 async def open_hop(client, served):
@@ -319,20 +319,14 @@ class Busy:
     num_blocks = 4
     sessions = 1
 
-    def __init__(self):
+    def __init__(self, own_id, *idle):
         self.terms = self
-        self.peer_id = "own"
-        self.declines = False
+        self.peer_id = own_id
+        self.idle = idle
         self.moved = trio.Event()
 
-    def announcement(self):
-        return record("own", 0, 2, pinned=self.declines)
-
-    async def publish(self, announcement):
-        pass
-
     def live(self):
-        return [record("idle", 0, 2), self.announcement()]
+        return [record(peer_id, 0, 2) for peer_id in (*self.idle, self.peer_id)]
 
     async def run(self, function):
         return function()
@@ -343,12 +337,35 @@ class Busy:
         return True
 
 
-async def test_a_hole_is_not_left_to_one_who_never_comes(autojump_clock):
-    """It says that it could, for ever; it may be a liar."""
-    busy = Busy()
+@pytest.mark.parametrize("own_id", ["busy", "z"])
+@pytest.mark.parametrize("idle", [("idle",), ("idle", "idle2")])
+async def test_a_hole_is_not_left_to_those_who_never_come(own_id, idle, autojump_clock):
+    """They say that they could, for ever; they may be liars. Whoever the plan names first."""
+    busy = Busy(own_id, *idle)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Balancer(busy, busy, Random(1), busy).run)
-        with trio.fail_after(PATIENCE_S + 2 * FILLED_S):
+        with trio.fail_after(FILLED_S):
             await busy.moved.wait()
-        assert trio.current_time() > PATIENCE_S
+        assert trio.current_time() > len(idle) * PATIENCE_HOLE_S
         nursery.cancel_scope.cancel()
+
+
+async def test_a_hole_is_filled_in_time_although_the_first_in_turn_is_stuck(
+    checkpoint, autojump_clock
+):
+    async with a_world(checkpoint) as world:
+        for name in "abcdef":
+            await world.start(name, num_blocks=4)
+        await trio.sleep(5)
+        held = spans(world)
+        lower = sorted((world.peer_id(name), name) for name in held if held[name] == (0, 4))
+        stuck, *others = [name for _, name in lower]
+        assert len(others) == 2
+        node(world, stuck)._balancing.cancel()  # it serves, but it never moves
+        for name in set(held) - {stuck, *others}:
+            world.kill(name)
+        took_s = await until(lambda: (4, 8) in [spans(world)[name] for name in others], FILLED_S)
+        await until(lambda: missing(world, stuck) == (), FILLED_S - took_s)
+        assert took_s > PATIENCE_HOLE_S
+        assert sorted(spans(world)[name] for name in others) == [(0, 4), (4, 8)]
+        assert node(world, stuck).blocks == (0, 4)

@@ -3,11 +3,17 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 import trio
 
 from petalnode.errors import NoRoute, PeerRefused
+from petalnode.protocol import Replay, Segment, Step
+from petalnode.replay import MIN_TOKENS, ReplayLog, replayed
 from petalnode.routing.chain import Hop
 from petalnode.serving.budget import KvBudget
+from petalnode.serving.engine import RowWork
+from petalnode.serving.rows import Refusal
+from petalnode.session.avoided import AVOID_S, MAX_AVOID_S, Avoided
 from petalnode.session.session import GenerateOptions
 
 from .memory_swarm import open_memory_swarm
@@ -17,6 +23,8 @@ SPANS = [("a", 0, 1), ("b", 1, 2), ("c", 2, 3), ("d", 3, 4)]
 CHAIN = ("a", "b", "c", "d")
 SPARES = [(f"{peer}2", start, end) for peer, start, end in SPANS]
 NEW = 24
+LOOK_AGAIN_S = 0.5
+STALL_S, LIMIT_S = 20.0, 60.0
 
 
 class Finder:
@@ -29,6 +37,7 @@ class Finder:
 
     async def find(self, gap, avoid):
         start, end = gap.first, gap.last
+        until = trio.current_time() + self.patience_s
         while True:
             hops, block = [], start
             while block < end:
@@ -46,10 +55,11 @@ class Finder:
                 block = stop
             else:
                 return hops
-            with trio.move_on_after(self.patience_s) as scope:
-                await self.came.wait()
-            if scope.cancelled_caught:
+            left_s = until - trio.current_time()
+            if left_s <= 0:
                 raise NoRoute("Nobody serves these blocks.", "", tuple(range(start, end)))
+            with trio.move_on_after(min(left_s, LOOK_AGAIN_S)):
+                await self.came.wait()
 
     def observe(self, hop, took_s):
         assert 0 < took_s < 60
@@ -72,8 +82,13 @@ def checkpoint(tiny_checkpoint):
     return tiny_checkpoint(eos_token_id=None)
 
 
-async def generate(checkpoint, spans, hops, disturb: Callable, *, length=20, at=None, avoid=()):
+async def generate(checkpoint, spans, hops, disturb: Callable, *, length=20, avoid=()):
     """Tokens of a session over ``hops``; ``disturb(swarm, position)`` is called at each token."""
+    with trio.fail_after(LIMIT_S):
+        return await disturbed(checkpoint, spans, hops, disturb, length, avoid)
+
+
+async def disturbed(checkpoint, spans, hops, disturb, length, avoid):
     async with open_memory_swarm(checkpoint, spans) as swarm:
         finder = Finder(swarm, avoid)
         async with swarm.session(*hops, replacements=finder) as session:
@@ -362,3 +377,162 @@ async def test_a_move_is_no_loss_and_needs_no_log(checkpoint):
     assert tokens == reference_tokens(checkpoint, prompt(60), NEW)
     assert finder.blamed == []
     assert {event for event, _ in finder.events} == {None}
+
+
+async def test_a_hop_that_lost_something_is_fed_anew(checkpoint):
+    """Whoever lost it, the hop that says so is not to blame."""
+
+    def forget(swarm, count, session):
+        if count == 5:
+            (hop,) = swarm.servers["c"].server._sessions.values()
+            hop._rows._caches[0].truncate(3)
+
+    finder = await generate(checkpoint, SPANS, SPANS, forget)
+    assert finder.blamed == []
+    assert finder.events[0][1] == list(CHAIN)
+
+
+async def test_a_hop_that_always_lacks_something_is_left(checkpoint):
+    def spoil(swarm, count, session):
+        if count == 5:
+            (hop,) = swarm.servers["c"].server._sessions.values()
+
+            def prepare(step):
+                raise Refusal("gap", "something is missing")
+
+            hop._rows.prepare = prepare
+
+    finder = await generate(checkpoint, [*SPANS, *SPARES], SPANS, spoil)
+    (refused,) = finder.blamed
+    assert isinstance(refused, PeerRefused)
+    assert finder.events[-1][1] == ["a", "b", "c2", "d"]
+
+
+async def test_a_relay_with_logs_that_keep_nothing(checkpoint):
+    """What cannot be relayed from a log comes from further up."""
+
+    def part(swarm, count, session):
+        if count == 1:
+            for server in swarm.servers.values():
+                server.server._log_budget._capacity = 0
+                for hop in server.server._sessions.values():
+                    hop._log.drop()
+        if count == 5:
+            swarm.part("b", "c")
+        if count == 10:
+            swarm.kill("c")
+
+    with trio.fail_after(STALL_S):
+        finder = await generate(checkpoint, [*SPANS, *SPARES], SPANS, part)
+    assert [error.peer_id for error in finder.blamed] == ["c"]
+
+
+async def test_the_sender_stays_when_others_may_feed_too(checkpoint):
+    """Those who are about to take over may change their minds."""
+    async with open_memory_swarm(checkpoint, SPANS) as swarm, swarm.session(*SPANS) as session:
+        for peer in ("x", "y"):
+            await session.chain.lines[1].expect_also(peer)
+        (hop,) = swarm.servers["b"].server._sessions.values()
+        assert hop.senders == ("a", "y")
+
+
+async def test_no_hop_is_left_open_when_another_is_not_found(checkpoint):
+    """Two runs of hops are lost; there is a replacement for the first alone."""
+    async with open_memory_swarm(checkpoint, [*SPANS, SPARES[0]]) as swarm:
+        finder = Finder(swarm)
+        finder.patience_s = 0.01
+        async with swarm.session(*SPANS, replacements=finder) as session:
+            generation = session.generate(prompt(20), GenerateOptions(NEW))
+            await anext(generation)
+            swarm.kill("a")
+            swarm.kill("c")
+            with pytest.raises(NoRoute):
+                await anext(generation)
+        await trio.testing.wait_all_tasks_blocked()
+        assert swarm.servers["a2"].server.sessions == 0
+
+
+async def test_who_is_avoided(autojump_clock):
+    avoided = Avoided()
+    for_s = []
+    for _ in range(6):
+        avoided.add(PeerRefused("no", "", "x", "busy"))
+        avoided.add(PeerRefused("again", "", "x", "busy"))  # the same failure
+        assert list(avoided) == ["x"]
+        assert avoided["x"].cause == "no"
+        since = trio.current_time()
+        while "x" in avoided:  # noqa: ASYNC110 - virtual time
+            await trio.sleep(0.5)
+        for_s.append(trio.current_time() - since)
+        assert len(avoided) == 0
+    assert for_s == [2, 4, 8, 16, MAX_AVOID_S, MAX_AVOID_S]
+    assert list(avoided.beside(PeerRefused("left", "", "y", "leaving"))) == ["y"]
+    await trio.sleep(MAX_AVOID_S)
+    avoided.add(PeerRefused("no", "", "x", "busy"))
+    await trio.sleep(AVOID_S)
+    assert "x" not in avoided
+
+
+def of(*rows, order=(), seq=1, as_of=0):
+    """A step of (position, n) for each row."""
+    segments = tuple(Segment(row, position, n, 0) for row, (position, n) in enumerate(rows) if n)
+    return Step(seq, segments, order=order, as_of=as_of)
+
+
+def test_a_log_knows_whether_it_is_complete():
+    log = ReplayLog(1, KvBudget(64, 1))
+    log.record(of((0, 60)), torch.zeros(60, 2))
+    assert (log.length(0), log.complete) == (60, True)
+    log.record(of((60, 10)), torch.zeros(10, 2))
+    assert (log.length(0), log.complete) == (60, False)
+    log.record(of((70, 1)), torch.zeros(1, 2))
+    assert (log.length(0), log.complete) == (60, False)
+    log.record(of((5, 3)), torch.zeros(3, 2))  # rolled back to where it holds everything
+    assert (log.length(0), log.complete) == (8, True)
+
+
+def test_a_log_that_is_rearranged():
+    budget = KvBudget(200, 1)
+    log = ReplayLog(3, budget)
+    states = torch.arange(40.0).reshape(20, 2)
+    log.record(of((0, 10), (0, 10)), states)
+    log.record(of((10, 1), (10, 1), (10, 1), order=(1, 1, 0), seq=2), torch.ones(3, 2))
+    assert [log.length(row) for row in range(3)] == [11, 11, 11]
+    assert log.complete
+    assert [log._buffers[row][0, 0].item() for row in range(3)] == [20, 20, 0]
+    assert budget.used == log._held == 3 * MIN_TOKENS
+    log.record(of((11, 1), (11, 1), (11, 1), order=(0, 0, 0), seq=3), torch.ones(3, 2))
+    assert log.complete
+    log.drop()
+    assert budget.used == 0
+
+
+def test_a_log_without_room_for_a_copy_is_not_complete():
+    log = ReplayLog(2, KvBudget(MIN_TOKENS, 1))
+    log.record(of((0, 10)), torch.zeros(10, 2))
+    log.record(of((10, 1), (10, 1), order=(0, 0), seq=2), torch.zeros(2, 2))
+    assert [log.length(row) for row in range(2)] == [11, 0]
+    assert not log.complete
+
+
+async def test_a_replay_of_what_is_rolled_back_meanwhile():
+    log = ReplayLog(1, KvBudget(1000, 1))
+    log.record(of((0, 256)), torch.zeros(256, 2))
+    log.record(of((256, 100)), torch.zeros(100, 2))
+    taken = []
+    async for step, hidden in replayed(log, Replay((0,), (356,))):
+        taken.append((step.segments[0].position, len(hidden)))
+        log.record(of((20, 250), seq=2), torch.ones(250, 2))
+    assert taken == [(0, 256), (256, 14)]
+
+
+async def test_a_caller_that_leaves_at_once_leaves_no_turn_behind(checkpoint, caplog):
+    async with open_memory_swarm(checkpoint, SPANS[:1]) as swarm:
+        engine = swarm.servers["a"].engine
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            row = RowWork(engine.span.new_row(0, 1), 0, 1)
+            await engine.run(0, 1, [row], torch.zeros(1, engine.span.config.hidden_size))
+        await trio.testing.wait_all_tasks_blocked()
+    assert caplog.records == []

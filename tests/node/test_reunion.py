@@ -48,3 +48,21 @@ async def test_those_who_stayed_do_not_make_us_forget_those_who_are_lost(autojum
             assert not host.sought  # they are still in view: that is for others to probe
             await trio.sleep_forever()
     assert host.sought[:8] == LOST + LOST
+
+
+async def test_those_whom_we_only_parted_from_do_not_either(autojump_clock):
+    """Idle connections are closed; their peers are still in view, and nobody need look for them."""
+    view, host = SwarmView(), FakeHost([*KEPT, *LOST])
+    for peer_id in (*KEPT, *LOST):
+        ttl_s = 2 * REUNION_S if peer_id in LOST else 1e4
+        view.apply(record(peer_id, ttl_s=ttl_s), trio.current_time(), b"")
+    swarm = SimpleNamespace(network="home", gossip=SimpleNamespace(view=view))
+    with trio.move_on_after(40 * REUNION_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(seek_friends, host, swarm)
+            await trio.sleep(1.5 * REUNION_S)
+            host.connected = KEPT
+            await trio.sleep(REUNION_S)
+            host.connected = []
+            await trio.sleep_forever()
+    assert host.sought[:8] == LOST + LOST

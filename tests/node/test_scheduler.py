@@ -9,7 +9,9 @@ from petalnode.serving.scheduler import (
     DECODE_TOKENS,
     TURN_TOKENS,
     TURN_TOKENS_BESIDE_DECODE,
+    TURNS_PER_TRAINING_STEP,
     plan_turn,
+    training_is_due,
 )
 
 
@@ -64,3 +66,10 @@ def test_every_turn_moves_on_and_keeps_its_bounds(queue, decoding):
     assert all(0 < share.tokens <= queue[share.index].left for share in plan)
     prefilled = sum(s.tokens for s in plan if queue[s.index].longest > DECODE_TOKENS)
     assert prefilled <= TURN_TOKENS
+
+
+def test_training_comes_last_but_it_comes():
+    assert training_is_due(0, 1, 0)
+    assert not training_is_due(0, 0, 99)
+    assert not training_is_due(1, 1, TURNS_PER_TRAINING_STEP - 1)
+    assert training_is_due(1, 1, TURNS_PER_TRAINING_STEP)

@@ -3,10 +3,14 @@
 import pytest
 import trio
 
+from petalnode.p2p.envelope import MAX_RECORD_BYTES
+from petalnode.p2p.gossip import PEER_BURST, PEER_MESSAGES_PER_S
 from petalnode.routing.announcement import MAX_TPS
 from petalnode.session.session import GenerateOptions
 from petalnode.simnet.compute import Cost
 from petalnode.simnet.world import open_world
+
+from .test_swarm_world import KILLED_S, all_see, views
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,40 @@ async def test_who_boasts_is_found_out_by_what_is_measured(checkpoint, autojump_
         assert names[1:] == ["honest"] * 5
         boaster = world.peer_id("boaster")
         assert "slower" in client.swarm.explain()[boaster]
+
+
+async def test_who_floods_hides_nobody_and_is_not_passed_on(checkpoint, autojump_clock):
+    """A hundred records a second, each signed and in order."""
+    names, seconds = ("a", "b", "c"), 20.0
+    async with open_world(4, checkpoint, latency_s=0.02) as world:
+        for name in (*names, "flooder"):
+            await world.start(name, blocks=(0, 4))
+        await trio.sleep(10)
+        flooder = world._members["flooder"].node
+
+        async def flood():
+            while True:
+                await flooder.swarm.gossip.publish(flooder._holding.announcement())
+                await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            before = world.bytes_sent("a", "c")
+            nursery.start_soon(flood)
+            await trio.sleep(seconds)
+            passed_on = world.bytes_sent("a", "c") - before
+            await world.start("late", blocks=(0, 4))
+            await trio.sleep(1)
+            everybody = {*names, "flooder", "late"}
+            assert views(world, names) == all_see(names, everybody)
+            world.kill("b")
+            await trio.sleep(KILLED_S)
+            assert views(world, ("a", "c")) == all_see(("a", "c"), everybody - {"b"})
+            nursery.cancel_scope.cancel()
+        fair = PEER_BURST + PEER_MESSAGES_PER_S * seconds
+        assert passed_on < fair * MAX_RECORD_BYTES / 2
+        for name in ("a", "c"):
+            refused = world._members[name].node.swarm.gossip.refused
+            assert refused["flood"] + refused["rate"] > 100 * seconds - 2 * fair
 
 
 async def test_clocks_thirty_seconds_apart_work(checkpoint, autojump_clock):

@@ -49,7 +49,7 @@ async def test_a_dead_peer_leaves_every_view(checkpoint, silent, deadline_s, aut
 
 async def test_those_who_are_not_connected_hear_of_a_death(checkpoint, autojump_clock, monkeypatch):
     monkeypatch.setattr("petalnode.probing.MESH_PEERS", 2)
-    monkeypatch.setattr("petalnode.probing.RING_PEERS", 1)
+    monkeypatch.setattr("petalnode.idling.RING_PEERS", 1)
     monkeypatch.setattr("petalnode.swarm.ANNOUNCED_RTTS", 0)
     names = [f"n{number}" for number in range(12)]
     async with open_world(2, checkpoint, latency_s=0.02) as world:
@@ -72,10 +72,12 @@ async def test_one_who_cannot_reach_a_peer_does_not_make_the_others_lose_it(
         await trio.sleep(20)  # everybody has a voice
         world.partition("a", "f")
         others = NAMES[1:]
+        missing = 0
         for _ in range(120):
             await trio.sleep(0.5)
+            missing += views(world, "a")["a"] != set(NAMES)
             assert views(world, others) == all_see(others, NAMES) | {"f": views(world, "f")["f"]}
-        assert views(world, "a")["a"] == set(NAMES)  # it is there, only not for a
+        assert missing <= 4  # it is there, only not for a: every accusation is refuted at once
         accused = world._members["f"].node.swarm.gossip.suspicions
         assert not accused.suspected(trio.current_time())
 

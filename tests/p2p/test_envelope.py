@@ -1,15 +1,19 @@
 import contextlib
+import dataclasses
 from dataclasses import replace
 
+import base58
 import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from petalnode.p2p.compact import KEYS, shorten
 from petalnode.p2p.envelope import _DOMAIN, MAX_RECORD_BYTES, seal, unseal
 from petalnode.p2p.identity import Identity
 from petalnode.routing import announcement as limits
-from petalnode.routing.announcement import InvalidAnnouncement
+from petalnode.routing.announcement import Announcement, InvalidAnnouncement
+from petalnode.routing.suspicion import Suspicion
 
 from .records import identity, record
 
@@ -107,4 +111,60 @@ def test_the_largest_record_that_the_limits_allow_fits() -> None:
 
 
 def test_is_readable_by_msgpack_of_any_language() -> None:
-    assert msgpack.unpackb(SEALED[64:])["peer_id"] == ALICE.peer_id
+    known = msgpack.unpackb(SEALED[64:], strict_map_key=False)
+    assert base58.b58encode(known[KEYS["peer_id"]]).decode() == ALICE.peer_id
+    assert known[KEYS["addrs"]] == ["/ip4/127.0.0.1/tcp/4001"]
+
+
+def test_names_in_full_are_read_as_well() -> None:
+    assert unseal(signed(ALICE, msgpack.packb(record(ALICE).to_dict()))) == record(ALICE)
+
+
+def test_short_form_is_short_and_has_every_field() -> None:
+    in_full = msgpack.packb(record(ALICE).to_dict())
+    assert len(SEALED) - 64 < 0.6 * len(in_full)
+    fields = {f.name for kind in (Announcement, Suspicion) for f in dataclasses.fields(kind)}
+    assert set(KEYS) == fields
+    assert len(set(KEYS.values())) == len(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("peer_id", bytes(65), "peer_id"),
+        ("peer_id", b"", "peer_id"),
+        ("peer_id", 7, "peer_id"),
+        ("fingerprint", bytes(15), "fingerprint"),
+        ("fingerprint", bytes(64), "fingerprint"),
+        ("addrs", [7], "addrs"),
+        ("addrs", b"/ip4", "addrs"),
+        ("addrs", [""] * 9, "addrs"),
+        ("seq", b"1", "seq"),
+    ],
+)
+def test_short_forms_of_nothing_are_refused(field: str, value: object, expected: str) -> None:
+    short = shorten(record(ALICE).to_dict()) | {KEYS[field]: value}
+    assert reason(signed(ALICE, msgpack.packb(short))) == expected
+
+
+def test_round_trips_are_whole_microseconds_where_that_is_exact() -> None:
+    rtts = {"a" * 10: 0.123456, "b" * 10: 1e-6, "c" * 10: 0.1234567, "d" * 10: 60.0}
+    known = record(ALICE, rtts=rtts)
+    on_wire = msgpack.unpackb(seal(ALICE, known)[64:], strict_map_key=False)[KEYS["rtts"]]
+    assert list(on_wire.values()) == [123456, 1, 0.1234567, 60_000_000]
+    assert unseal(seal(ALICE, known)) == known
+    for wrong in (-1, 0, 60_000_001, (1 << 64) - 1):
+        short = shorten(known.to_dict()) | {KEYS["rtts"]: {"a": wrong}}
+        assert reason(signed(ALICE, msgpack.packb(short))) == "rtts"
+
+
+def test_keys_of_any_kind_and_unknown_numbers_are_left_out() -> None:
+    short = shorten(record(ALICE).to_dict()) | {99: 1, -1: 2, b"x": 3, 1.5: 4, None: 5}
+    assert unseal(signed(ALICE, msgpack.packb(short))) == record(ALICE)
+
+
+def test_nobody_can_give_addresses_in_the_name_of_another() -> None:
+    foreign = f"/ip4/1.2.3.4/tcp/1/p2p/{MALLORY.peer_id}"
+    short = shorten(record(ALICE).to_dict()) | {KEYS["addrs"]: [foreign]}
+    (addr,) = unseal(signed(ALICE, msgpack.packb(short))).addrs
+    assert addr == f"{foreign}/p2p/{ALICE.peer_id}"

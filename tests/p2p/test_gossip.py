@@ -13,9 +13,10 @@ from libp2p.pubsub.pb import rpc_pb2
 
 from petalnode.errors import PeerError
 from petalnode.p2p.envelope import _DOMAIN, MAX_RECORD_BYTES, seal
-from petalnode.p2p.gossip import ABSORBED_AT_ONCE, open_gossip
+from petalnode.p2p.gossip import ABSORBED_AT_ONCE, PUSH_BURST, open_gossip
 from petalnode.p2p.hello import HELLO_PROTOCOL, About, ask, hello_handler
 from petalnode.p2p.host import open_host
+from petalnode.p2p.pubsub_limits import Budgets
 from petalnode.routing.announcement import Announcement, InvalidAnnouncement
 from petalnode.routing.view import Sighting, SwarmView
 
@@ -264,3 +265,88 @@ async def test_we_do_not_publish_what_others_would_refuse(
 async def test_libp2p_knows_us_by_the_identity_that_signs() -> None:
     async with open_member(1) as member:
         assert member.host.libp2p.get_id() == ID.from_string(member.who.peer_id)
+
+
+async def test_a_node_whose_clock_was_set_back_speaks_with_later_numbers() -> None:
+    async with open_line(2) as (stays, again):
+        stays.gossip.absorb([Sighting(by(2, seq=1000), 0.0)])
+        hurried: list[bool] = []
+        again.gossip.on_accused = lambda: hurried.append(True)
+        await again.gossip.publish(record(again.who, seq=7))
+        again.gossip.absorb(stays.gossip.snapshot())
+        assert hurried == [True]
+        again.gossip.absorb(stays.gossip.snapshot())
+        assert hurried == [True]  # it knows by now
+        said = await again.gossip.publish(record(again.who, seq=8))
+        assert said.seq == 1001
+        await sees(stays, again, 1001)
+        assert (await again.gossip.publish(record(again.who, seq=9))).seq == 1002
+        again.gossip.absorb([Sighting(by(2, seq=1002), 0.0)])
+        assert len(hurried) == 1  # our own words are no news to us
+
+
+async def test_a_number_of_ours_that_nobody_signed_for_us_changes_nothing() -> None:
+    async with open_member(2) as member:
+        forged = bytearray(by(2, seq=1 << 60))
+        forged[0] ^= 1
+        member.gossip.absorb([Sighting(bytes(forged), 0.0)])
+        assert (await member.gossip.publish(record(member.who, seq=1))).seq == 1
+        with pytest.raises(InvalidAnnouncement):
+            await member.gossip.publish(record(member.who, seq=1))
+
+
+async def test_beyond_a_few_messages_are_offered_and_arrive_all_the_same() -> None:
+    async with open_line(3) as (first, middle, last):
+        for member in (first, middle):
+            member.gossip._pushes = Budgets(0.0, 0.0)
+        pushed: list[str] = []
+        for member in (first, middle):
+            router = member.gossip.pubsub.mesh_router
+            pass_on = router.pass_on
+
+            def noted(*args: Any, push: bool, pass_on: Any = pass_on) -> None:
+                pushed.append("push" if push else "offer")
+                pass_on(*args, push=push)
+
+            router.pass_on = noted
+        for seq in range(1, 4):
+            await first.gossip.publish(record(first.who, seq=seq))
+            await sees(last, first, seq)
+        assert pushed == ["offer"] * 6
+        assert all(not member.gossip.refused for member in (first, middle, last))
+
+
+async def test_a_goodbye_does_not_wait_to_be_asked_for() -> None:
+    async with open_member(1) as stays:
+        async with open_member(2, contacts=[stays.host]) as leaves:
+            await leaves.gossip.publish(record(leaves.who, seq=1))
+            await sees(stays, leaves, 1)
+            leaves.gossip._pushes = Budgets(0.0, 0.0)
+            await leaves.gossip.publish(record(leaves.who, seq=2, state="offline"))
+        await until(stays.view, lambda: not seqs(stays.view))
+
+
+async def test_refreshes_leave_half_of_what_may_be_pushed_to_news() -> None:
+    async with open_member(1) as member:
+        gossip = member.gossip
+        gossip._pushes = Budgets(0.0, PUSH_BURST)
+        who = identity(9)
+
+        def hears(seq: int, **changes: Any) -> str:
+            return gossip._accept(seal(who, record(who, seq=seq, **changes)), who.peer_id)
+
+        gossip._speakers = Budgets(1e9, 1e9)
+        assert hears(1) == "push"  # it is new
+        refreshes = [hears(seq) for seq in range(2, 50)]
+        assert refreshes.count("push") == PUSH_BURST / 2 - 1
+        assert refreshes[-1] == "offer"
+        assert hears(50, state="draining") == "push"
+        assert hears(51, state="draining") == "offer"
+        assert hears(52, start=1) == "push"
+        assert hears(53, start=1, moving_to=(0, 2)) == "push"
+        gossip.suspicions.probe_failed(who.peer_id, WALL, trio.current_time())
+        gossip.suspicions.probe_succeeded(who.peer_id, trio.current_time())
+        assert hears(54, start=1, moving_to=(0, 2)) == "push"  # a refutation
+        assert hears(55, start=1, moving_to=(0, 2)) == "offer"
+        assert hears(56, state="offline") == "push"
+        assert hears(53) == ""

@@ -65,7 +65,7 @@ async def test_it_is_counted_and_neither_believed_nor_passed_on(raw: bytes, reas
         await bad.gossip.publish(record(bad.who, seq=6))
         await sees(end, bad, 6)
         assert middle.gossip.refused == {reason: 1}
-        assert not end.gossip.refused
+        assert not set(end.gossip.refused) - ({"stale"} - {reason})  # it may be overtaken
         assert seqs(middle.view) == seqs(end.view) == {ATTACKER.peer_id: 6}
 
 
@@ -114,7 +114,7 @@ async def test_one_peer_floods_and_the_others_are_heard_as_before() -> None:
         assert middle.gossip.refused == {"flood": flood - passed}
         await end.gossip.publish(record(end.who, seq=1))
         await sees(bad, end, 1)
-        assert not end.gossip.refused
+        assert not set(end.gossip.refused) - {"stale"}  # what was offered may be overtaken
 
 
 async def test_accusations_count_as_messages_too() -> None:

@@ -1,5 +1,6 @@
 """Suspicions on the wire: who is heard, who is asked, what goes no further. Real hosts."""
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 import trio
 
 from petalnode.p2p.envelope import _DOMAIN, seal, unseal, unseal_any
+from petalnode.p2p.gossip import PUSH_BURST
 from petalnode.p2p.identity import Identity
+from petalnode.p2p.pubsub_limits import Budgets
 from petalnode.routing import suspicion
 from petalnode.routing.announcement import InvalidAnnouncement
 from petalnode.routing.suspicion import LIFE_S, Suspicion
@@ -56,9 +59,13 @@ async def test_a_suspicion_reaches_those_who_probe_and_the_accused_who_refutes()
         await happens(refuted)
         now = trio.current_time()
         assert asked == [LAST.peer_id]
+        for member in members:  # nothing but what matters is pushed now, nothing offered
+            member.gossip._pushes = Budgets(0.0, PUSH_BURST / 2)
+            member.gossip.pubsub.mesh_router.gossip_heartbeat = lambda: defaultdict(dict)
         assert middle.gossip.suspicions.suspected(now) == {LAST.peer_id}
         await last.gossip.publish(record(LAST, seq=6))
         await sees(middle, last, 6)
+        await sees(first, last, 6)
         assert not middle.gossip.suspicions.suspected(now)
         assert not middle.gossip.refused
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 import trio
 import trio.testing
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
 
 from petalnode.errors import (
     ListenError,
@@ -300,6 +302,70 @@ async def test_a_lost_connection_is_told_and_can_be_made_anew() -> None:
             await stream.receive()
         await until(lambda: gone == [bob.peer_id])
         await assert_echoes(await alice.open_stream(bob.peer_id, ECHO))
+
+
+async def test_what_was_closed_for_idleness_just_now_is_no_failure() -> None:
+    """The goodbye crosses the first bytes of whoever wants something again."""
+    async with open_hosts() as (alice, bob):
+        broken: list[str] = []
+        for host in (alice, bob):
+            host.on_disconnect(broken.append, goodbye=False)
+        for again in range(5):
+            await alice.connect(bob.addrs[0])
+            await until(lambda: bob.connected_peers())
+            bob.close_peer(alice.peer_id)
+            if again % 2:
+                assert await alice.ping(bob.peer_id) > 0
+            else:
+                await assert_echoes(await alice.open_stream(bob.peer_id, ECHO))
+        assert not broken
+
+
+async def test_a_connection_is_in_use_while_a_stream_of_ours_is_open() -> None:
+    async with open_hosts() as (alice, bob):
+        assert not alice.is_in_use(bob.peer_id)
+        await alice.connect(bob.addrs[0])
+        await until(lambda: bob.connected_peers())
+        assert not alice.is_in_use(bob.peer_id)
+        stream = await alice.open_stream(bob.peer_id, ECHO)
+        assert alice.is_in_use(bob.peer_id)
+        assert bob.is_in_use(alice.peer_id)
+        await stream.aclose()
+        stream.reset()
+        await until(lambda: not alice.is_in_use(bob.peer_id))
+        await until(lambda: not bob.is_in_use(alice.peer_id))
+
+
+async def test_streams_of_libp2ps_services_are_no_use_of_a_connection() -> None:
+    async with open_hosts() as (alice, bob):
+        held = trio.Event()
+
+        async def hold(stream: INetStream) -> None:
+            held.set()
+            await stream.read(1)
+
+        bob.libp2p.set_stream_handler(TProtocol("/test/service/1"), hold)
+        await alice.connect(bob.addrs[0])
+        await alice.libp2p.new_stream(bob.libp2p.get_id(), [TProtocol("/test/service/1")])
+        await held.wait()
+        assert not alice.is_in_use(bob.peer_id)
+        assert not bob.is_in_use(alice.peer_id)
+
+
+async def test_a_connection_that_breaks_is_told_apart_from_a_goodbye() -> None:
+    async with open_hosts() as (alice, bob):
+        ended: list[str] = []
+        alice.on_disconnect(lambda _: ended.append("goodbye"), goodbye=True)
+        alice.on_disconnect(lambda _: ended.append("broken"), goodbye=False)
+        await alice.connect(bob.addrs[0])
+        await until(lambda: bob.connected_peers())
+        (connection,) = bob.libp2p.get_network().get_connections(alice.libp2p.get_id())
+        connection.muxer.session.close()  # as when its process is killed
+        await until(lambda: ended == ["broken"])
+        await alice.connect(bob.addrs[0])
+        await until(lambda: alice.peer_id in bob.connected_peers())
+        alice.close_peer(bob.peer_id)
+        await until(lambda: ended == ["broken", "goodbye"])
 
 
 async def test_leaving_is_prompt_and_leaves_nothing() -> None:

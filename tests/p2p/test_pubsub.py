@@ -189,8 +189,14 @@ async def test_what_we_send_carries_no_address_record() -> None:
         stream = await peer.libp2p.new_stream(ID.from_string(member.who.peer_id), [MESHSUB])
         subscribe = rpc_pb2.RPC.SubOpts(subscribe=True, topicid=member.gossip.topic)
         await stream.write(packed(rpc_pb2.RPC(subscriptions=[subscribe])))
-        await member.gossip.publish(record(member.who))
         with trio.fail_after(DEADLINE_S):
+            await member.gossip.pubsub.wait_for_peer(ID.from_string(MALLORY.peer_id))
+            await member.gossip.pubsub.wait_for_subscription(
+                ID.from_string(MALLORY.peer_id), member.gossip.topic
+            )
+            await member.gossip.publish(record(member.who))
             await heard.wait()
         assert not any(rpc.HasField("senderRecord") for rpc in rpcs)
-        assert len(rpcs[-1].publish[0].signature) == 64
+        (message,) = rpcs[-1].publish
+        assert len(message.signature) == 64
+        assert not message.key  # the id of its publisher has it

@@ -5,7 +5,7 @@ from random import Random
 import trio
 from libp2p.peer.id import ID
 
-from petalnode.p2p.pubsub import BACK_OFF_S, Router
+from petalnode.p2p.mesh import BACK_OFF_S, Router
 from petalnode.p2p.pubsub_limits import SEEN_FOR_S, Budgets, SeenMessages
 
 from .records import identity

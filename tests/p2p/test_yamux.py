@@ -332,13 +332,13 @@ async def test_the_window_follows_the_bandwidth_delay_product() -> None:
     async with open_muxers() as (alice, bob):
         mine, theirs = await stream_pair(alice, bob)
         await trio.testing.wait_all_tasks_blocked()
-        bob.muxer._rtts.clear()
-        bob.muxer._rtts.append(10.0)
+        bob.muxer._pings._rtts.clear()
+        bob.muxer._pings._rtts.append(10.0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mine.write, bytes(64 * MIB))
             await theirs.read_exactly(64 * MIB)
         assert theirs._window == yamux_stream.MAX_WINDOW_BYTES
-        bob.muxer._rtts.append(0.0)
+        bob.muxer._pings._rtts.append(0.0)
         mine, theirs = await stream_pair(alice, bob)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mine.write, bytes(8 * MIB))
@@ -380,8 +380,8 @@ async def test_reading_what_a_dead_stream_left_takes_nothing_from_the_others() -
         mine, theirs = await stream_pair(alice, bob)
         await mine.write(bytes(INITIAL_WINDOW_BYTES))
         await trio.testing.wait_all_tasks_blocked()
-        bob.muxer._rtts.clear()
-        bob.muxer._rtts.append(10.0)
+        bob.muxer._pings._rtts.clear()
+        bob.muxer._pings._rtts.append(10.0)
         mine.reset()
         await trio.testing.wait_all_tasks_blocked()
         assert len(await theirs.read_exactly(INITIAL_WINDOW_BYTES)) == INITIAL_WINDOW_BYTES

@@ -6,10 +6,12 @@ from petalnode.routing.announcement import MAX_TTL_S, Announcement, rtt_key
 from petalnode.routing.beats import (
     ANNOUNCED_RTTS,
     BEAT_S,
+    CENSUS,
     JITTER,
     MISSED_BEATS,
     SMALL_SWARM,
     STEADY_RTT,
+    Census,
     beat_interval,
     interesting_peers,
     next_beat,
@@ -85,3 +87,23 @@ def test_announced_round_trips_change_only_when_they_do() -> None:
     )
     assert got == {"a": steady, "b": 0.1, rtt_key(long): 0.012346, "tiny": 1e-6}
     record(rtts=got)
+
+
+def test_peers_that_do_not_exist_hardly_stretch_the_beats() -> None:
+    census = Census()
+    assert census.size(1000) == 1000  # nobody was tried yet
+    for _ in range(CENSUS):
+        census.note(True)
+    assert census.size(1000) == 1000
+    for _ in range(2 * CENSUS):
+        census.note(False)
+    assert census.size(16_384) == round(16_384 / (1 + CENSUS))
+    assert beat_interval(census.size(16_384)) < 200.0
+    assert census.size(0) == census.size(1) == 1
+
+
+def test_half_of_a_swarm_unreachable_costs_half_the_interval() -> None:
+    census = Census()
+    for number in range(CENSUS):
+        census.note(number % 2 == 0)
+    assert 490 < census.size(1000) < 510

@@ -17,7 +17,6 @@ from petalnode.routing.chain import (
     Hop,
     Route,
     Router,
-    choose_chain,
     shortlist,
 )
 from petalnode.routing.costs import QUEUE_SHARE, SUSPECT_S, VISIT_S, Knowledge, Workload
@@ -35,6 +34,13 @@ def find(swarm: list[Announcement], blocks: int = 4, **options: object) -> Route
     return Router(blocks).find(swarm, known, **options)  # type: ignore[arg-type]
 
 
+def hops(
+    swarm: list[Announcement], blocks: int, rtts: dict[str, float], **options: object
+) -> tuple[Hop, ...]:
+    """Of a node that knows nothing but round trips."""
+    return find(swarm, blocks, known=Knowledge(rtts=rtts), **options).hops
+
+
 def test_one_far_hop_against_two_near_ones_is_a_matter_of_time() -> None:
     swarm = [record("far", 0, 8), record("near1", 0, 4), record("near2", 4, 8)]
     for a, b in itertools.permutations(("near1", "near2")):
@@ -44,8 +50,8 @@ def test_one_far_hop_against_two_near_ones_is_a_matter_of_time() -> None:
         ]
     rtts = {"near1": 0.001, "near2": 0.001}
     # Spans of 8 and of 4 blocks at 10 tokens/s: 100 ms in the one, 200 ms in the two together.
-    assert choose_chain(swarm, 8, rtts=rtts | {"far": 0.09}) == (Hop("far", 0, 8, 0.09),)
-    assert [hop.peer_id for hop in choose_chain(swarm, 8, rtts=rtts | {"far": 0.11})] == [
+    assert hops(swarm, 8, rtts=rtts | {"far": 0.09}) == (Hop("far", 0, 8, 0.09),)
+    assert [hop.peer_id for hop in hops(swarm, 8, rtts=rtts | {"far": 0.11})] == [
         "near1",
         "near2",
     ]
@@ -68,43 +74,43 @@ def test_the_cost_is_the_sum_of_its_terms() -> None:
 
 def test_a_hop_may_serve_a_part_of_its_span() -> None:
     slow, fast = record("a", 0, 5, decode_tps=1.0), record("b", 2, 8, decode_tps=100.0)
-    assert choose_chain([slow, fast], 8, rtts={}) == (Hop("a", 0, 2), Hop("b", 2, 8))
+    assert hops([slow, fast], 8, rtts={}) == (Hop("a", 0, 2), Hop("b", 2, 8))
     slow, fast = record("a", 0, 5, decode_tps=100.0), record("b", 2, 8, decode_tps=1.0)
-    assert choose_chain([slow, fast], 8, rtts={}) == (Hop("a", 0, 5), Hop("b", 5, 8))
+    assert hops([slow, fast], 8, rtts={}) == (Hop("a", 0, 5), Hop("b", 5, 8))
 
 
 def test_an_unmeasured_peer_is_pessimistic_not_excluded() -> None:
     swarm = [record("a"), record("b")]
-    assert choose_chain(swarm, 4, rtts={"b": UNKNOWN_RTT_S / 2})[0].peer_id == "b"
-    assert choose_chain(swarm, 4, rtts={"b": UNKNOWN_RTT_S * 2})[0].peer_id == "a"
+    assert hops(swarm, 4, rtts={"b": UNKNOWN_RTT_S / 2})[0].peer_id == "b"
+    assert hops(swarm, 4, rtts={"b": UNKNOWN_RTT_S * 2})[0].peer_id == "a"
 
 
 def test_ties_go_to_the_smaller_peer_id_in_any_order() -> None:
     swarm = [record("c"), record("a"), record("b")]
     for order in itertools.permutations(swarm):
-        assert choose_chain(order, 4, rtts={})[0].peer_id == "a"
+        assert hops(order, 4, rtts={})[0].peer_id == "a"
 
 
 def test_of_two_records_of_one_peer_the_newer_counts() -> None:
     swarm = [record("a", 0, 4, seq=2), record("a", 0, 2, seq=3), record("b", 2, 4)]
     for order in itertools.permutations(swarm):
-        assert choose_chain(order, 4, rtts={}) == (Hop("a", 0, 2), Hop("b", 2, 4))
+        assert hops(order, 4, rtts={}) == (Hop("a", 0, 2), Hop("b", 2, 4))
 
 
 @pytest.mark.parametrize("state", ["joining", "draining", "offline"])
 def test_only_peers_that_are_online_are_used(state: str) -> None:
     with pytest.raises(NoRoute):
-        choose_chain([record(state=state)], 4, rtts={})
+        hops([record(state=state)], 4, rtts={})
 
 
 def test_excluded_peers_are_not_used() -> None:
     swarm = [record("a"), record("b")]
-    assert choose_chain(swarm, 4, rtts={}, exclude={"a"})[0].peer_id == "b"
+    assert hops(swarm, 4, rtts={}, exclude={"a"})[0].peer_id == "b"
 
 
 def test_a_span_beyond_the_model_is_not_used() -> None:
     with pytest.raises(NoRoute):
-        choose_chain([record(end=5)], 4, rtts={})
+        hops([record(end=5)], 4, rtts={})
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,7 @@ def test_no_route_names_the_blocks(
 ) -> None:
     swarm = [record(f"p{i}", *span) for i, span in enumerate(spans)]
     with pytest.raises(NoRoute) as caught:
-        choose_chain(swarm, 6, rtts={})
+        hops(swarm, 6, rtts={})
     assert caught.value.missing == missing
     assert caught.value.cause == words
 

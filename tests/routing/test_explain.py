@@ -1,4 +1,4 @@
-from petalnode.routing.chain import Gap, Router
+from petalnode.routing.chain import Gap, Router, no_route
 from petalnode.routing.costs import Knowledge, Workload
 from petalnode.routing.explain import explain
 
@@ -54,6 +54,14 @@ def test_without_a_chain_the_missing_blocks_are_told() -> None:
     swarm = [record("a", 0, 2), record("b", 0, 2, state="draining")]
     texts = explain(Router(4), swarm, Knowledge())
     assert texts == {"a": "Blocks 2 to 3 are served by nobody.", "b": "it is draining"}
+
+
+def test_who_asks_for_no_room_is_not_told_that_it_lacks() -> None:
+    swarm = [record("a", 0, 2), record("b", 2, 4)]
+    error = no_route(swarm, 4, Gap(0, 4), Workload(), Knowledge(), ())
+    assert error.cause == "No chain leads through the peers that hold the blocks."
+    error = no_route(swarm, 4, Gap(0, 4), Workload(kv_tokens=9), Knowledge(), ())
+    assert error.cause == "The peers have no chain with room for 9 tokens."
 
 
 def test_a_peer_outside_the_gap_and_one_that_leads_nowhere() -> None:

@@ -101,3 +101,13 @@ def test_the_number_of_bans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(5):
         peers.failed(f"p{i}", 6.0 + i, "it failed")
     assert set(peers.banned(10.0)) == {"worst", "p3", "p4"}
+
+
+def test_an_early_release_ends_the_ban_and_keeps_the_strike() -> None:
+    peers = PeerHealth()
+    peers.failed("alice", 100.0, "x")
+    peers.released("alice", 101.0)
+    peers.released("nobody", 101.0)
+    assert peers.banned(101.0) == {}
+    peers.failed("alice", 102.0, "x")
+    assert peers.banned(102.0) == {"alice": "banned for 10 s more: x"}

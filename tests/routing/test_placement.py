@@ -3,7 +3,7 @@ import itertools
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from petalnode.routing.capacity import seats, swarm_throughput
+from petalnode.routing.capacity import Board, seats, swarm_throughput
 from petalnode.routing.placement import block_throughput, choose_window
 
 from .records import record
@@ -76,7 +76,7 @@ def test_the_order_of_records_does_not_matter() -> None:
     speeds = [0.1, 0.2, 0.3, 1e7]
     swarm = [record(f"p{i}", 0, 1, decode_tps=speed) for i, speed in enumerate(speeds)]
     orders = itertools.permutations(swarm)
-    assert len({block_throughput(seats(order, 1), 1)[0] for order in orders}) == 1
+    assert len({block_throughput(Board(seats(order, 1), 1))[0] for order in orders}) == 1
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])

@@ -12,6 +12,7 @@ from petalnode.routing.capacity import seats, swarm_throughput
 from petalnode.routing.rebalance import (
     CONFIRM_S,
     MAX_MOVING_SHARE,
+    PATIENCE_HOLE_S,
     PATIENCE_S,
     STUCK_S,
     Move,
@@ -20,6 +21,17 @@ from petalnode.routing.rebalance import (
 )
 
 from .records import record
+
+
+class Deciding:
+    """One node that decides for itself."""
+
+    def __init__(self, peer_id: str) -> None:
+        self.mind = Rebalancer({peer_id}, 8, random.Random(1))
+
+    def check(self, swarm: list[Announcement], now: float) -> Move | None:
+        return next(iter(self.mind.check(swarm, now)), None)
+
 
 UNEVEN = [record("a", 0, 4), record("b", 0, 4), record("c", 0, 4), record("d", 4, 8)]
 
@@ -82,11 +94,55 @@ def test_a_shift_is_not_asked_of_the_only_one_who_serves_a_block_that_it_keeps()
 
 
 def test_who_could_not_drain_lets_others_go_first() -> None:
-    node = Rebalancer("a", 8, random.Random(1))
+    node = Deciding("a")
     assert node.check(UNEVEN, 100.0) is None
     assert node.check(UNEVEN, 110.0) is not None
-    node.gave_up(110.0)
+    node.mind.gave_up("a", 110.0)
     assert [node.check(UNEVEN, 110.0 + t) for t in range(1, 60, 5)] == [None] * 12
+
+
+THREE = [record(peer, 0, 4) for peer in "abc"]  # blocks 4 to 7 are held by nobody
+
+
+def test_for_a_hole_each_has_its_turn_within_seconds() -> None:
+    node, at = Deciding("c"), 0.0
+    for _ in range(2):  # a, then b: they could, and do nothing
+        assert node.check(THREE, at) is None
+        assert node.check(THREE, at + PATIENCE_HOLE_S - 0.1) is None
+        at += PATIENCE_HOLE_S
+    assert node.check(THREE, at) is None
+    assert node.mind.passed == {"a", "b"}
+    assert node.check(THREE, at + 2.0) == Move("c", 4, 8, 4, urgent=True)
+
+
+def test_patience_for_a_hole_begins_with_the_hole() -> None:
+    node = Deciding("b")
+    assert node.check(UNEVEN, 0.0) is None  # a is on the list, and in no hurry
+    assert node.check(UNEVEN[:3], PATIENCE_HOLE_S) is None
+    assert node.check(UNEVEN[:3], PATIENCE_HOLE_S + 1) is None
+    assert node.mind.passed == set()
+
+
+def test_who_would_rather_not_goes_only_if_nobody_else_does() -> None:
+    node = Deciding("a")
+    assert node.check(THREE, 0.0) is None
+    move = node.check(THREE, 2.0)
+    assert move is not None
+    node.mind.others_first(move)
+    seen = [node.check(THREE, 2.0 + t) for t in range(1, 20)]
+    at = 2.0 + 1 + seen.index(move)
+    assert 2 * PATIENCE_HOLE_S <= at - 2.0 <= 2 * PATIENCE_HOLE_S + 4
+    assert node.mind.passed == {"b", "c"}
+
+
+def test_who_would_rather_not_is_asked_at_once_where_there_are_no_others() -> None:
+    node = Deciding("a")
+    alone = [THREE[0], record("b", 0, 4, pinned=True)]
+    assert node.check(alone, 0.0) is None
+    move = node.check(alone, 2.0)
+    assert move is not None
+    node.mind.others_first(move)
+    assert node.check(alone, 3.0) == move
 
 
 def test_a_shift_that_keeps_blocks_beats_one_that_loads_all() -> None:
@@ -162,14 +218,14 @@ def test_one_in_a_hundred_moves_at_once() -> None:
 
 
 def test_a_node_on_the_list_looks_again_before_it_goes() -> None:
-    node = Rebalancer("a", 8, random.Random(1))
+    node = Deciding("a")
     assert node.check(UNEVEN, 100.0) is None
     assert node.check(UNEVEN, 100.0 + CONFIRM_S - 0.1) is None
     assert node.check(UNEVEN, 100.0 + 2 * CONFIRM_S) == Move("a", 2, 6, 2)
 
 
 def test_news_in_the_meantime_call_the_move_off() -> None:
-    node = Rebalancer("a", 8, random.Random(1))
+    node = Deciding("a")
     assert node.check(UNEVEN, 100.0) is None
     filled = [*UNEVEN, record("e", 4, 8), record("f", 4, 8)]
     assert node.check(filled, 101.0) is None
@@ -178,19 +234,19 @@ def test_news_in_the_meantime_call_the_move_off() -> None:
 
 
 def test_those_not_on_the_list_stay() -> None:
-    node = Rebalancer("b", 8, random.Random(1))
+    node = Deciding("b")
     assert [node.check(UNEVEN, float(t)) for t in range(20)] == [None] * 20
 
 
 def test_a_peer_on_the_list_that_does_not_move_is_passed_over() -> None:
-    node = Rebalancer("b", 8, random.Random(1))
+    node = Deciding("b")
     assert node.check(UNEVEN, 0.0) is None
     assert node.check(UNEVEN, PATIENCE_S) is None  # from now on a is passed over
     assert node.check(UNEVEN, PATIENCE_S + 2 * CONFIRM_S) == Move("b", 2, 6, 2)
 
 
 def test_a_peer_that_never_arrives_does_not_hold_the_others_back_for_ever() -> None:
-    node = Rebalancer("b", 8, random.Random(1))
+    node = Deciding("b")
     swarm = [*UNEVEN[1:], record("e", 0, 4), record("x", 0, 1, moving_to=(1, 2), decode_tps=0.1)]
     assert node.check(swarm, 0.0) is None
     assert node.check(swarm, STUCK_S - 1) is None
@@ -201,7 +257,7 @@ def test_a_peer_that_never_arrives_does_not_hold_the_others_back_for_ever() -> N
 @pytest.mark.parametrize("changes", [{"moving_to": (4, 8)}, {}])
 def test_a_hole_is_not_left_for_ever_to_one_that_never_arrives(changes: dict[str, object]) -> None:
     swarm = [record(p, 0, 4) for p in "abc"] + [record("x", 4, 8, state="joining", **changes)]
-    node = Rebalancer("a", 8, random.Random(1))
+    node = Deciding("a")
     node.check(swarm, 0.0)
     node.check(swarm, STUCK_S)
     move = node.check(swarm, STUCK_S + 2 * CONFIRM_S)
@@ -210,7 +266,7 @@ def test_a_hole_is_not_left_for_ever_to_one_that_never_arrives(changes: dict[str
 
 def test_one_passed_over_that_moves_after_all_is_counted_on() -> None:
     swarm = [record(p, 0, 4) for p in "abc"]
-    node = Rebalancer("b", 8, random.Random(1))
+    node = Deciding("b")
     assert node.check(swarm, 0.0) is None
     assert node.check(swarm, PATIENCE_S) is None  # a is passed over
     swarm[0] = record("a", 0, 4, state="draining", moving_to=(4, 8))

@@ -12,7 +12,6 @@ from petalnode.routing.speeds import (
     MAX_RATIO,
     MEMORY_S,
     SpeedLedger,
-    Visit,
     believed_block_s,
 )
 
@@ -62,14 +61,6 @@ def test_measurements_are_smoothed() -> None:
     assert ledger.block_s(2.0) == {}
 
 
-def test_the_time_of_a_chain_is_shared_out_by_what_was_expected() -> None:
-    ledger = SpeedLedger()
-    ledger.observe_chain([Visit("a", 2, 0.1), Visit("b", 4, 0.2)], 2.0, 500.0)
-    assert ledger.block_s(500.0) == {"a": pytest.approx(0.2), "b": pytest.approx(0.4)}
-    ledger.observe_chain([Visit("b", 5, 9.0)], 1.0, 900.0)
-    assert ledger.block_s(900.0)["b"] == pytest.approx(0.4 + 0.3 * (0.2 - 0.4))
-
-
 def test_measurements_grow_old() -> None:
     ledger = SpeedLedger()
     ledger.observe("a", 0.1, 0.0)
@@ -83,9 +74,6 @@ def test_measurements_grow_old() -> None:
 def test_what_is_no_time_is_ignored(bad: float) -> None:
     ledger = SpeedLedger()
     ledger.observe("a", bad, 0.0)
-    ledger.observe_chain([Visit("a", 4, 0.1)], bad, 0.0)
-    ledger.observe_chain([Visit("a", 4, bad)], 1.0, 0.0)
-    ledger.observe_chain([], 1.0, 0.0)
     assert not ledger.block_s(0.0)
 
 
@@ -112,15 +100,10 @@ def test_a_peer_that_boasts_is_found_out_by_its_speed() -> None:
     chosen = []
     for now in range(60):
         known = Knowledge(rtts=known_rtts, decode_s=ledger.block_s(now))
-        route = router.find(swarm, known, rng=rng)
-        visits = [
-            Visit(hop.peer_id, hop.end - hop.start, block_s)
-            for hop, block_s in zip(route.hops, route.block_s, strict=True)
-        ]
-        chosen.append("boaster" in {visit.peer_id for visit in visits})
-        # Nothing but the time of the whole chain is seen.
-        taken_s = sum(v.blocks * true_s[v.peer_id] for v in visits)
-        ledger.observe_chain(visits, taken_s, now)
+        names = [hop.peer_id for hop in router.find(swarm, known, rng=rng).hops]
+        chosen.append("boaster" in names)
+        for name in names:
+            ledger.observe(name, true_s[name], now)
     assert chosen[0]
     assert sum(chosen) <= 3
     assert not any(chosen[10:])

@@ -90,12 +90,36 @@ def test_a_probe_of_our_own_that_succeeds_outweighs_all_others() -> None:
     cases = Suspicions("me", swarm())
     for witness in ("w1", "w2", "w3"):
         cases.hear(says(witness), NOW)
-    cases.probe_succeeded("victim")
-    cases.probe_succeeded("nobody")
+    cases.probe_succeeded("victim", NOW)
+    cases.probe_succeeded("nobody", NOW)
     assert cases.suspected(NOW) == set()
     assert cases.dead(NOW + CONFIRM_S) == []
     cases.probe_failed("victim", WALL, NOW + CONFIRM_S)
     assert cases.dead(NOW + CONFIRM_S) == ["victim"]
+
+
+def test_whoever_was_seen_alive_may_die_afterwards() -> None:
+    cases = Suspicions("me", swarm())
+    for witness in ("w1", "w2"):
+        cases.hear(says(witness), NOW)
+    cases.probe_succeeded("victim", NOW + 1)
+    assert cases.hear(says("w1"), NOW + CONFIRM_S) == "known"  # we looked since, and know better
+    later = NOW + 1 + CONFIRM_S
+    assert cases.hear(says("w1"), later) == "suspected"  # a reason to look again
+    assert cases.suspected(later) == {"victim"}
+    assert cases.dead(later + CONFIRM_S) == []
+    assert cases.hear(says("w2"), later + 1) == "suspected"
+    assert cases.dead(later + CONFIRM_S) == ["victim"]
+
+
+def test_a_new_accuser_of_one_seen_long_ago_opens_the_case_anew() -> None:
+    cases = Suspicions("me", swarm())
+    cases.hear(says("w1"), NOW)
+    cases.probe_succeeded("victim", NOW)
+    assert cases.hear(says("w2"), NOW + CONFIRM_S) == "suspected"
+    assert cases.suspected(NOW + CONFIRM_S) == {"victim"}
+    assert cases.dead(NOW + CONFIRM_S) == []  # only now do they begin to wait for a refutation
+    assert cases.dead(NOW + 2 * CONFIRM_S) == ["victim"]
 
 
 def test_who_is_accused_answers_for_its_latest_record_however_soon_after_the_last_answer() -> None:

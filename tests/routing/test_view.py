@@ -192,3 +192,34 @@ def test_changes_are_told() -> None:
     put(view, seq=3, now=0.0)
     view.expire(1000.0)
     assert told == [1, 2, 3, 4, 5]
+
+
+def test_who_was_forgotten_too_soon_may_come_back_while_its_record_counts() -> None:
+    view = SwarmView()
+    view.apply(record("alice", ttl_s=30.0), 0.0, b"1")
+    assert view.forget("alice")
+    version = view.version
+    assert view.would_live("alice", 29.0)
+    assert view.revive("alice", 29.0)
+    assert view.get("alice", 29.0) is not None
+    assert view.version == version + 1
+    assert view.revive("alice", 29.0)  # it lives already
+    assert view.version == version + 1
+    assert not view.revive("alice", 30.0)
+    assert not view.revive("nobody", 0.0)
+
+
+def test_nobody_comes_back_from_a_goodbye() -> None:
+    view = SwarmView()
+    view.apply(record("alice", ttl_s=30.0), 0.0, b"1")
+    view.apply(record("alice", ttl_s=30.0, seq=2, state="offline"), 1.0, b"2")
+    assert not view.revive("alice", 2.0)
+    assert view.get("alice", 2.0) is None
+
+
+def test_whom_this_node_reached_is_known() -> None:
+    view = SwarmView()
+    view.apply(record("alice", ttl_s=30.0), 0.0, b"1")
+    assert not view.is_proven("alice")
+    view.prove("alice")
+    assert view.is_proven("alice")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from petalnode.routing.placement import best_window, choose_window
+from petalnode.routing.rebalance import best_moves, plan_moves
 from petalnode.simnet.__main__ import main
 from petalnode.simnet.swarm.clock import Clock
 from petalnode.simnet.swarm.measure import Meter, summarize
@@ -78,6 +80,16 @@ def test_a_move_loads_only_what_it_lacks() -> None:
     meters = [run(LOSS, "ours", seed) for seed in range(2)]
     moves, loaded = (sum(getattr(m, what) for m in meters) for what in ("moves", "blocks_loaded"))
     assert 0 < loaded < 3 * moves
+
+
+def test_views_choose_as_nodes_do_that_begin_with_all_records() -> None:
+    simulation = Simulation(replace(LOSS, duration_s=90.0, steady_from_s=80.0), "ours", 1)
+    simulation.run()
+    for view in simulation.views:
+        records = list(view.records.values())
+        assert best_moves(view.seating) == plan_moves(records, 9)
+        for size in (1, 3):
+            assert best_window(view.seating, size) == choose_window(records, 9, size)
 
 
 def test_days_come_and_go() -> None:

@@ -1,0 +1,140 @@
+"""Serves the training protocol: other people's forward and backward passes through our blocks.
+
+Task tree: the stream's handler task owns the session and reads. In its nursery run one task for
+each of its few jobs, one that says that this node is alive, and one that watches for the client's
+leaving. Jobs wait in the span engine, behind all decoding and prefill. When the stream ends,
+everything that the session held is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import trio
+
+from petalnode.compute import Compute
+from petalnode.errors import PeerError, PeerMisbehaved
+from petalnode.p2p.frames import Frame, FrameStream
+from petalnode.protocol import BadMessage, refusal_wire
+from petalnode.serving.budget import KvBudget
+from petalnode.serving.engine import SpanEngine
+from petalnode.serving.rows import Refusal
+from petalnode.serving.session_tuning import MAX_SESSION_TUNING_BYTES, tuning_budget
+from petalnode.serving.train_session import Room, TrainSession
+from petalnode.training.protocol import MAX_FRAME_BYTES, OpenTraining
+
+MAX_SESSIONS = 64
+MAX_SESSIONS_PER_PEER = 8
+MAX_HELD_BYTES = 1 << 29
+"""Of hidden states and gradients, in the jobs of all sessions: what is more waits to be read."""
+TELL_DEADLINE_S = 2.0
+HELLO_DEADLINE_S = 10.0
+"""For the first frame on a new stream."""
+
+
+class TrainServer:
+    """The training sessions of one node. ``handle`` is the handler of ``TRAIN_PROTOCOL``.
+
+    A job may have ``max_tokens`` tokens. While the node ``is_draining`` it takes no new sessions.
+    """
+
+    def __init__(
+        self,
+        engine: SpanEngine,
+        compute: Compute,
+        *,
+        fingerprint: str,
+        max_tokens: int,
+        is_draining: Callable[[], bool],
+    ) -> None:
+        self._engine, self._compute = engine, compute
+        self._fingerprint, self._max_tokens = fingerprint, max_tokens
+        self._is_draining = is_draining
+        self._tunings: KvBudget = tuning_budget()
+        self._room = Room(MAX_HELD_BYTES)
+        self._sessions: list[TrainSession] = []
+        self._ended = trio.Event()
+
+    @property
+    def sessions(self) -> int:
+        """Open sessions."""
+        return len(self._sessions)
+
+    @property
+    def tuning_bytes(self) -> int:
+        """What all sessions together have added to the blocks."""
+        return self._tunings.used
+
+    async def drain(self) -> None:
+        """Tell the clients to go elsewhere; jobs that are here are computed."""
+        for session in list(self._sessions):
+            with trio.move_on_after(TELL_DEADLINE_S), suppress(PeerError):
+                await session.say_draining()
+
+    async def wait_idle(self) -> None:
+        """Until no session is open."""
+        while self._sessions:
+            await self._ended.wait()
+
+    async def handle(self, stream: FrameStream) -> None:
+        """One stream, from its first frame to its end.
+
+        Raises ``PeerMisbehaved`` on a broken protocol and ``PeerGone`` when the stream breaks;
+        the host resets the stream then, and that stream alone.
+        """
+        stream.max_payload = 0  # a stranger's first words reserve no memory here
+        with trio.fail_after(HELLO_DEADLINE_S):
+            first = await stream.receive()
+        if first is None:
+            return
+        stream.max_payload = MAX_FRAME_BYTES
+        try:
+            await self._serve(stream, first)
+        except BadMessage as bad:
+            raise PeerMisbehaved(
+                f"Peer {stream.peer_id} broke the training protocol: {bad}.",
+                peer_id=stream.peer_id,
+            ) from None
+
+    async def _serve(self, stream: FrameStream, first: Frame) -> None:
+        if first.header.get("type") != "open":
+            raise BadMessage("a stream starts with open")
+        opened = OpenTraining.parse(first.header)
+        try:
+            self._check(opened, stream.peer_id)
+        except Refusal as refusal:
+            await stream.send(refusal_wire(refusal.code, str(refusal)))
+            await stream.aclose()
+            return
+        session = TrainSession(
+            opened,
+            stream,
+            self._engine,
+            self._compute,
+            max_tokens=self._max_tokens,
+            tunings=self._tunings,
+            room=self._room,
+        )
+        self._sessions.append(session)
+        try:
+            limits = {"max_tokens": self._max_tokens, "max_tuning": MAX_SESSION_TUNING_BYTES}
+            await stream.send({"type": "opened", **limits})
+            await session.serve()
+        finally:
+            self._sessions.remove(session)
+            ended, self._ended = self._ended, trio.Event()
+            ended.set()
+
+    def _check(self, opened: OpenTraining, peer_id: str) -> None:
+        """Raise ``Refusal`` unless this node can serve the session."""
+        span = self._engine.span
+        if opened.fingerprint != self._fingerprint:
+            raise Refusal("model", "this node serves another model")
+        if opened.start < span.start or opened.end > span.end:
+            raise Refusal("blocks", f"this node serves blocks {span.start}:{span.end}")
+        if self._is_draining():
+            raise Refusal("draining", "this node is about to leave")
+        theirs = sum(session.client == peer_id for session in self._sessions)
+        if len(self._sessions) >= MAX_SESSIONS or theirs >= MAX_SESSIONS_PER_PEER:
+            raise Refusal("busy", f"{len(self._sessions)} training sessions are open here")

@@ -1,0 +1,105 @@
+"""What a session adds to the frozen model: an adapter that hops offer, or the client's own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from petalnode.compute import Compute
+from petalnode.errors import UsageError
+from petalnode.models.client import ClientParts
+from petalnode.models.config import ModelConfig
+from petalnode.models.tuning.check import check_tuning
+from petalnode.models.tuning.peft_files import Adapter, adapter_files, load_adapter
+from petalnode.models.tuning.tuning import NOTHING, Tuning
+from petalnode.routing.announcement import Announcement
+from petalnode.routing.costs import Workload
+from petalnode.session.soft_prompt import PromptedClient
+
+MAX_SHOWN = 8
+"""Names of adapters in one sentence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """``served`` is the full name of one that every hop must offer; the rest is the client's own:
+    ``tuning`` for the hops, ``prompt`` [P, H] before the text."""
+
+    served: str = ""
+    tuning: Tuning = NOTHING
+    prompt: Tensor | None = None
+
+    def asked_of(self, workload: Workload) -> Workload:
+        """The workload with what it needs of every hop."""
+        if not self.served:
+            return workload
+        return replace(workload, adapters=(*workload.adapters, self.served))
+
+    def client(self, plain: ClientParts) -> ClientParts:
+        """The client's part that begins with the prompt, if there is one."""
+        return plain if self.prompt is None else PromptedClient(plain, self.prompt)
+
+
+PLAIN = Added()
+"""The model as it is."""
+
+
+async def find_added(
+    adapter: str | Adapter, config: ModelConfig, records: Iterable[Announcement], compute: Compute
+) -> Added:
+    """What is meant by an adapter, or by the name or place of one.
+
+    A directory is the caller's own; else a name is looked for among those that ``records`` offer,
+    then on the hub. Raises ``UsageError`` or ``ModelError`` where there is none that fits.
+    """
+    if isinstance(adapter, str):
+        if not adapter:
+            return PLAIN
+        if not is_directory(adapter):
+            offered = {name for record in records for name in record.adapters}
+            served = offered_as(adapter, offered)
+            if served or "/" not in adapter:
+                return Added(served=served or _nobody(adapter, offered))
+        read = partial(read_adapter, adapter, config)
+        adapter = await compute.run(read)
+    else:  # before a node is asked, which could only refuse it
+        await compute.run(partial(check_tuning, config, 0, config.num_blocks, adapter.tuning))
+    return Added(tuning=adapter.tuning, prompt=adapter.prompt)
+
+
+def is_directory(place: str) -> bool:
+    """Whether it is one on this machine."""
+    return Path(place).is_dir()
+
+
+def read_adapter(place: str, config: ModelConfig) -> Adapter:
+    """The adapter of a directory or hub repo. Raises ``UsageError`` or ``ModelError``."""
+    return load_adapter(adapter_files(place), config)
+
+
+def offered_as(wanted: str, offered: Collection[str]) -> str:
+    """The full name, ``name@digest``, under which an adapter is offered, "" if it is not.
+
+    Raises ``UsageError`` where several have that name.
+    """
+    found = sorted(name for name in offered if wanted in (name, name.rpartition("@")[0]))
+    if len(found) > 1:
+        raise UsageError(
+            f"Several adapters are offered as {wanted!r}: {_some(found)}.", "Name one of these."
+        )
+    return found[0] if found else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names that strangers gave: as many as one reads."""
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + more
+
+
+def _nobody(wanted: str, offered: Collection[str]) -> str:
+    there = f"There are: {_some(sorted(offered))}." if offered else "Nobody offers any."
+    raise UsageError(f"{wanted!r} is no directory, and no node offers an adapter of it.", there)

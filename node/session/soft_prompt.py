@@ -1,0 +1,63 @@
+"""A soft prompt: vectors that a client puts before its text, as positions with ids of their own.
+
+Ids from the vocabulary's size on stand for them, so that sequences, rollback, beams and replays
+need not know of any. Source: prompt tuning (arXiv 2104.08691).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from petalnode.errors import UsageError
+from petalnode.models.client import ClientParts
+
+
+class PromptedClient(ClientParts):
+    """A client's part that knows the ids of a soft prompt ``prompt_PH`` too."""
+
+    def __init__(self, plain: ClientParts, prompt_PH: Tensor) -> None:
+        super().__init__(plain.config, plain._client, plain._parts, plain.dtype)
+        check_prompt(prompt_PH, plain)
+        self.prompt_PH = prompt_PH.detach().to(plain.dtype)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids that every row begins with."""
+        vocab = self.config.vocab_size
+        return tuple(range(vocab, vocab + len(self.prompt_PH)))
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """See ``ClientParts.embed``; ids of the prompt give its vectors, wherever they stand."""
+        vocab = self.config.vocab_size
+        virtual = ids >= vocab
+        if not bool(virtual.any()):
+            return super().embed(ids, positions)
+        x_TH = super().embed(torch.where(virtual, 0, ids), positions).clone()
+        x_TH[virtual] = self.prompt_PH[ids[virtual] - vocab].to(x_TH.device)
+        return x_TH
+
+
+def prefix_of(client: ClientParts) -> tuple[int, ...]:
+    """The ids that every row of a client's begins with: none without a soft prompt."""
+    return client.prefix if isinstance(client, PromptedClient) else ()
+
+
+def without_prompt(ids: Sequence[int], prefix: Sequence[int]) -> Sequence[int]:
+    """The tokens of a sequence, for those who count what was said."""
+    return ids[len(prefix) :] if prefix else ids
+
+
+def check_prompt(prompt_PH: Tensor, client: ClientParts) -> None:
+    """Raise ``UsageError`` for a prompt that the model cannot begin with."""
+    size, most = client.config.hidden_size, client.config.max_positions
+    if prompt_PH.ndim != 2 or prompt_PH.shape[1] != size or not 0 < len(prompt_PH) < most:
+        raise UsageError(
+            f"A soft prompt of shape {list(prompt_PH.shape)} does not fit the model.",
+            f"It must be (tokens, {size}), with fewer tokens than the context of {most}.",
+        )
+    if not bool(prompt_PH.isfinite().all()):
+        raise UsageError("The soft prompt holds numbers that are no numbers.", "Train it again.")

@@ -1,0 +1,1 @@
+"""Training through a swarm: what is the client's own, through blocks that are not."""

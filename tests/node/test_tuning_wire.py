@@ -1,0 +1,140 @@
+"""A tuning as frames, and back; what breaks the format is told, and allocates nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petalnode.errors import LocalProtocolError
+from petalnode.models.tuning.tuning import NOTHING, BlockTuning, LowRank, Tuning
+from petalnode.p2p.frames import MAX_TENSORS, Frame
+from petalnode.protocol import BadMessage
+from petalnode.tensor_frames import TensorCollector, pack_tensors
+from petalnode.tuning_wire import MAX_BLOCK_TENSORS, Collector, pack
+
+CONFIG = SimpleNamespace(num_blocks=4)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tuning(blocks=(1, 2), rank=2, sites=("self_attn.q_proj", "mlp.up_proj")):
+    return Tuning(
+        {
+            index: BlockTuning(
+                {
+                    site: LowRank(numbers(rank, 8, seed=index), numbers(12, rank), 0.5 + index)
+                    for site in sites
+                },
+                numbers(5, 8, seed=7),
+            )
+            for index in blocks
+        }
+    )
+
+
+def collected(frames, start=0, end=4, limit=1 << 20):
+    collector, results = Collector(CONFIG, start, end, limit), []
+    for header, tensors in frames:
+        results.append(collector.take(Frame(header, list(tensors))))
+    assert results[:-1] == [None] * (len(results) - 1)
+    return results[-1]
+
+
+def same(one, other):
+    mine, theirs = dict(one.named()), dict(other.named())
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for index, block in one.blocks.items():
+        assert {s: pair.scale for s, pair in block.lora.items()} == {
+            s: pair.scale for s, pair in other.blocks[index].lora.items()
+        }
+
+
+@given(max_bytes=st.integers(64, 4096), rank=st.integers(1, 9))
+def test_it_comes_out_as_it_went_in_whatever_the_frames(max_bytes, rank):
+    frames = list(pack(tuning(rank=rank), max_bytes, version=3))
+    same(collected(frames), tuning(rank=rank))
+    assert {(header["type"], header["version"]) for header, _ in frames} == {("tuning", 3)}
+    for header, tensors in frames:
+        assert 1 <= len(tensors) <= MAX_TENSORS
+        assert sum(t.nbytes for t in tensors) <= max_bytes
+        assert header["last"] is (header is frames[-1][0])
+
+
+def test_nothing_is_one_frame():
+    ((header, tensors),) = pack(NOTHING, 64)
+    assert header["last"] is True
+    same(collected([(header, tensors)]), NOTHING)
+
+
+def test_a_row_that_fits_no_frame_is_our_own_fault():
+    with pytest.raises(LocalProtocolError, match="256 bytes"):
+        list(pack_tensors({}, [("x", numbers(2, 64))], 200))
+
+
+def test_what_is_sent_needs_no_gradient():
+    ((_, (tensor,)),) = pack_tensors({}, [("x", numbers(2, 4).requires_grad_())], 200)
+    assert not tensor.requires_grad
+
+
+def frame(*parts, last=True, tensors=None):
+    given = [numbers(2, 4) for _ in parts] if tensors is None else tensors
+    return Frame({"type": "tuning", "parts": list(parts), "last": last}, given)
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (Frame({"last": True}), "parts"),
+        (frame(["0.prompt", 2, 0, 1.0], tensors=[]), "one for each"),
+        (frame(["0.prompt", 2, 0]), "a part is not"),
+        (frame([7, 2, 0, 1.0]), "text"),
+        (frame(["0.prompt", 1, 0, 1.0]), "more rows"),
+        (frame(["0.prompt", 1 << 30, 0, 1.0]), "whole number"),
+        (frame(["0.prompt", 4, 2, 1.0]), "nothing came before"),
+        (frame(["0.prompt", 4, 0, 1.0]), "not complete"),
+        (frame(["0.prompt", 4, 0, 1.0], ["1.prompt", 4, 2, 1.0]), "does not follow"),
+        (frame(["0.prompt", 2, 0, 1.0], ["0.prompt", 2, 0, 1.0]), "nothing came before"),
+        (frame(["0.prompt", 2, 0, float("nan")]), "finite"),
+        (frame(["0.prompt", 2, 0, True]), "finite"),
+        (frame(["0.prompt", 1 << 20, 0, 1.0]), "larger than it may be"),
+        (frame(["0.prompt", 2, 0, 1.0], tensors=[torch.zeros(2, 4, dtype=torch.int64)]), "matrix"),
+        (frame(["0.prompt", 2, 0, 1.0], tensors=[torch.zeros(4)]), "matrix"),
+        (frame(["0.prompt", 2, 0, 1.0], tensors=[torch.zeros(2, 0)]), "matrix"),
+        (frame(last=False), "without anything"),
+        (frame(["4.prompt", 2, 0, 1.0]), "none of the blocks"),
+        (frame(["-1.prompt", 2, 0, 1.0]), "names no tensor"),
+        (frame(["²3.prompt", 2, 0, 1.0]), "names no tensor"),
+        (frame([f"{10**30}.prompt", 2, 0, 1.0]), "names no tensor"),
+        (frame(["0.q.a", 2, 0, 1.0]), "pair"),
+        (frame(["0.q.a", 2, 0, 1.0], ["0.q.b", 2, 0, 1.0], ["0.q.c", 2, 0, 1.0]), "names no"),
+        (frame(["0", 2, 0, 1.0]), "pair"),
+    ],
+)
+def test_broken_frames(broken, why):
+    with pytest.raises(BadMessage, match=why):
+        Collector(CONFIG, 0, 4, 1000).take(broken)
+
+
+def test_parts_that_do_not_fit_together():
+    collector = TensorCollector(1000, 4)
+    assert not collector.add(frame(["x", 4, 0, 1.0], last=False))
+    with pytest.raises(BadMessage, match="fit together"):
+        collector.add(frame(["x", 4, 2, 1.0], tensors=[numbers(2, 5)]))
+
+
+def test_more_tensors_than_a_block_can_have():
+    names = [[f"0.s{n}.{m}", 2, 0, 1.0] for n in range(MAX_BLOCK_TENSORS) for m in "ab"]
+    with pytest.raises(BadMessage, match="more than 64"):
+        Collector(CONFIG, 0, 1, 1 << 20).take(frame(*names))
+
+
+def test_only_its_own_part_is_taken():
+    part = tuning((0, 1, 2, 3)).within(2, 4)
+    same(collected(pack(part, 512), 2, 4), part)
+    with pytest.raises(BadMessage, match="none of the blocks 2:4"):
+        collected(pack(tuning((1,)), 512), 2, 4)
