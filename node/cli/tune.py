@@ -1,0 +1,237 @@
+"""``petalnode tune``: train prompts or LoRA through the swarm, and keep them in a directory.
+
+The first interrupt saves the last step and leaves; a second one does not wait for that.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from petalnode import events
+from petalnode.cli.output import BAR_WIDTH, ProgressLine, end_progress, note, reporter
+from petalnode.errors import UsageError
+from petalnode.events import Event, Report
+from petalnode.joining import parse_joins
+from petalnode.models.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from petalnode.training.data import Dataset
+    from petalnode.training.tuner import TuneOptions
+    from petalnode.training.tuning_run import TuneJob
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAID_EVERY = 10
+"""Steps; where there is no terminal to show each."""
+READ_SHOWN_BYTES = 1 << 20
+"""How much more of a file is read when that is shown again."""
+
+
+def main(arguments: Namespace) -> int:
+    """Check and read what can be without a swarm, then train."""
+    if not arguments.join:
+        raise UsageError(
+            "There is no swarm to train through: no --join was given.",
+            f"Start one with `petalnode run {arguments.model}` and pass the invite that it prints.",
+        )
+    parse_joins(arguments.join)
+    report = Reporter(arguments)
+    try:
+        checkpoint = open_checkpoint(
+            arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir
+        )
+        job = prepare(checkpoint, arguments, report)
+        trio.run(train, job, arguments, report)
+    finally:
+        end_progress()
+        report.progress.end()
+    return 0
+
+
+def prepare(checkpoint: Checkpoint, arguments: Namespace, report: Reporter) -> TuneJob:
+    """The job that the flags describe, its data read. Raises ``UsageError`` and ``ModelError``."""
+    from petalnode.training.checkpoints import check_free, load_run
+    from petalnode.training.tuner import check_options
+    from petalnode.training.tuning_run import TuneJob, read_examples
+
+    options = options_of(arguments)
+    check_options(options, checkpoint.config)
+    if not arguments.out:
+        raise UsageError("The directory of --out has no name.", "Name one.")
+    out, started = Path(arguments.out), datetime.now().isoformat()
+    if arguments.resume:
+        started = load_run(out)[0].started
+    else:
+        check_free(out)
+    read = partial(read_examples, checkpoint, options, started=started)
+    evaluation = None if arguments.eval is None else read_data(Path(arguments.eval), read, report)
+    job = TuneJob(
+        checkpoint,
+        options,
+        read_data(Path(arguments.data), read, report),
+        evaluation,
+        out,
+        save_every=arguments.save_every,
+        started=started,
+        dtype=arguments.dtype,
+    )
+    return job.resumed() if arguments.resume else job.begun()
+
+
+def options_of(arguments: Namespace) -> TuneOptions:
+    """What the flags say of what is trained and how. Raises ``UsageError``."""
+    from petalnode.training.tuner import TuneOptions
+
+    return TuneOptions(
+        method=arguments.method,
+        prompt_tokens=arguments.prompt_tokens,
+        rank=arguments.rank,
+        targets=tuple(arguments.target),
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        seed=arguments.seed,
+    )
+
+
+def read_data(path: Path, read: Callable[..., Dataset], report: Reporter) -> Dataset:
+    """One file, telling how far it is and what was found."""
+    dataset = read(path, reading=report.reading(path))
+    found = events.TuningData(
+        file=str(path),
+        rows=len(dataset.rows),
+        tokens=dataset.tokens,
+        learned=dataset.learned,
+        cut=dataset.cut,
+        dropped=dataset.dropped,
+    )
+    report(found)
+    return dataset
+
+
+async def train(job: TuneJob, arguments: Namespace, report: Report) -> None:
+    """Join as a client and train, until it is done or told to stop."""
+    from petalnode.node import NodeOptions, open_node
+    from petalnode.training.tuning_run import tune
+
+    options = NodeOptions(join=tuple(arguments.join), dtype=arguments.dtype)
+    done = False
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop_on_signal, signals, nursery.cancel_scope)
+            async with (
+                open_node(job.checkpoint, options, report) as node,
+                node.open_training(report=report) as training,
+            ):
+                await tune(job, training, training.client, training.compute, report)
+                done = True
+            nursery.cancel_scope.cancel()
+    if not done:
+        raise KeyboardInterrupt
+
+
+async def stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    """The first signal cancels the scope; one more kills the process."""
+    async for _ in signals:
+        scope.cancel()
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_DFL)
+        return
+
+
+class Reporter:
+    """JSON or sentences; a progress line where there is a terminal."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        self.progress = ProgressLine()
+        self._json, self._others = arguments.json, reporter(arguments.json)
+        self._arguments = arguments
+        self._sentences: dict[type[Event], Callable[..., None]] = {
+            events.TuningData: self._data,
+            events.TuningResumed: self._resumed,
+            events.TuningStep: self._step,
+            events.TuningEval: self._eval,
+            events.TuningSaved: self._saved,
+            events.TuningDone: self._done,
+        }
+
+    def __call__(self, event: Event) -> None:
+        if self._json:
+            self._others(event)
+        elif (say := self._sentences.get(type(event))) is not None:
+            say(event)
+        else:
+            self.progress.end()
+            self._others(event)
+
+    def reading(self, path: Path) -> Callable[[int, int], None]:
+        """Shows how much of a file is read."""
+        shown = 0
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            if done - shown < READ_SHOWN_BYTES:
+                return
+            shown = done
+            if self._json:
+                self._others(events.Reading(str(path), done, total))
+            else:
+                share = 100 * done // max(total, 1)
+                self.progress.show(f"reading {path}: {share} %", last=False)
+
+        return show
+
+    def _say(self, text: str) -> None:
+        self.progress.end()
+        note(text)
+
+    def _data(self, event: events.TuningData) -> None:
+        cut = f"; {event.cut} cut to the context" if event.cut else ""
+        dropped = f"; {event.dropped} dropped, their prompts alone fill it" if event.dropped else ""
+        self._say(
+            f"{event.file}: {event.rows:,} examples, {event.learned:,} of {event.tokens:,} tokens "
+            f"are learned{cut}{dropped}"
+        )
+
+    def _resumed(self, event: events.TuningResumed) -> None:
+        self._say(f"going on after step {event.step} of {event.dir}")
+
+    def _step(self, event: events.TuningStep) -> None:
+        filled = BAR_WIDTH * event.step // event.steps
+        bar = "█" * filled + "░" * (BAR_WIDTH - filled)
+        text = (
+            f"step {event.step}/{event.steps}: loss {event.loss:.3f}, "
+            f"{event.tokens_per_s:,.0f} tokens/s, {duration(event.seconds_left)} left"
+        )
+        self.progress.show(f"{bar} {text}", last=event.step == event.steps)
+        if not sys.stderr.isatty() and event.step % SAID_EVERY == 0:
+            note(text)
+
+    def _eval(self, event: events.TuningEval) -> None:
+        self._say(f"step {event.step}: validation loss {event.loss:.4f}")
+
+    def _saved(self, event: events.TuningSaved) -> None:
+        self._say(f"step {event.step}: saved in {event.dir}")
+
+    def _done(self, event: events.TuningDone) -> None:
+        found = "" if event.eval_loss is None else f", validation loss {event.eval_loss:.4f}"
+        last = "" if event.loss is None else f": last loss {event.loss:.4f}{found}"
+        model, out = self._arguments.model, self._arguments.out
+        self._say(f"{event.steps} steps done{last}")
+        self._say(f"use it: petalnode generate {model} PROMPT --adapter {out} --join JOIN")
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,159 @@
+"""A causal language model of transformers, with the blocks on other machines.
+
+model = PetalnodeForCausalLM.from_pretrained(MODEL, join="pn1:…")
+model.generate(**tokenizer("def fibonacci(n):", return_tensors="pt"), max_new_tokens=40)
+
+model.enable_lora(rank=8)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+model(**batch, labels=labels).loss.backward()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from petalnode.blocking import BlockingNode
+from petalnode.errors import UsageError
+from petalnode.events import Report, ignore
+from petalnode.hf.cache import RemoteCache
+from petalnode.hf.inputs import ID_DTYPES, check_tensor, read_inputs, refuse_attentions
+from petalnode.hf.local import VocabularyTable
+from petalnode.hf.model import RemoteModel, read_generation_config
+
+IGNORED = -100
+"""The label of what no loss is made of."""
+
+
+class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """``forward`` gives logits, loss and hidden states; ``generate`` is that of transformers."""
+
+    def __init__(
+        self, config: PreTrainedConfig, node: BlockingNode, report: Report = ignore
+    ) -> None:
+        super().__init__(config, node, report)
+        own = read_generation_config(node.value.checkpoint.name)
+        if own is not None:
+            self.generation_config = own
+
+    def get_output_embeddings(self) -> VocabularyTable:
+        """The head; where the model ties the two, the token embeddings."""
+        return self.local.head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RemoteCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **rest: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """As transformers' own, for ids [B, T] or embeddings [B, T, H].
+
+        Without a cache, gradients reach whatever is trained. Outputs at padding mean nothing;
+        labels there do not count, nor those of a row's first token, which nothing foretells:
+        the loss of a row is the same with and without padding. Of ``hidden_states`` the first and
+        the last alone have gradients; attention weights never leave the hops. Raises
+        ``UsageError`` for what cannot be had.
+        """
+        refuse_attentions(output_attentions)
+        cache = self._cache(past_key_values, use_cache, output_hidden_states)
+        cached = None if cache is None else cache.mask
+        inputs = read_inputs(input_ids, inputs_embeds, attention_mask, position_ids, cached)
+        collect: list[Tensor] | None = [] if output_hidden_states else None
+        last = inputs.tokens.shape[1]
+        kept = (
+            logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        )
+        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < last and collect is None:
+            last = logits_to_keep
+        hidden = self.hidden(inputs, cache, last, collect)
+        logits = self.local.logits(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            counted = counted_labels(labels, inputs.mask, logits)
+            loss = self.loss_function(logits, counted, vocab_size=logits.shape[-1], **rest)
+        states = None if collect is None else (*collect[:-1], self.local.normed(hidden))
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,  # type: ignore[arg-type]  # transformers says FloatTensor
+            past_key_values=cache,
+            hidden_states=states,  # type: ignore[arg-type]
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _cache(
+        self, given: RemoteCache | None, wanted: bool | None, hidden_states: bool | None
+    ) -> RemoteCache | None:
+        """The cache to compute with, if any: a new one where it is asked for."""
+        if given is None and not wanted:
+            return None
+        cache = given if given is not None else self.new_cache()
+        if not isinstance(cache, RemoteCache):
+            raise UsageError(
+                f"A {type(cache).__name__} cannot be used: the caches are on the hops.",
+                "Leave past_key_values out, or give a model.new_cache().",
+            )
+        if hidden_states:
+            raise UsageError(
+                "Hidden states of every block are not to be had with a cache.",
+                "Use use_cache=False.",
+            )
+        if torch.is_grad_enabled() and any(True for _ in self.parameters()):
+            raise UsageError(
+                "There are no gradients through a cache.",
+                "Use it under torch.no_grad(), or leave use_cache out.",
+            )
+        return cache
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # it says bool, and gives None
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *rest: Any,
+    ) -> None:
+        """What ``generate`` calls to get its cache."""
+        if generation_config.cache_implementation is not None:
+            raise UsageError(
+                f"A cache of kind {generation_config.cache_implementation!r} cannot be had: the "
+                "caches are on the hops.",
+                "Leave cache_implementation out.",
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = self.new_cache()
+
+
+def counted_labels(labels: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
+    """Return the labels [B, T] that a loss is made of, the others as ``IGNORED``.
+
+    Those count whose token, and the one before that may foretell it, are no padding. Raises
+    ``UsageError`` for labels that do not fit the logits [B, T, V].
+    """
+    check_tensor("The labels", labels)
+    whole = labels.dtype in ID_DTYPES
+    if not whole or labels.shape != mask.shape or logits.shape[:2] != mask.shape:
+        raise UsageError(
+            f"Labels of shape {tuple(labels.shape)} and {labels.dtype} do not fit logits of shape "
+            f"{tuple(logits.shape)}.",
+            "Give one integer for each token of the input, and leave out logits_to_keep.",
+        )
+    told = mask & mask.roll(1, 1)
+    counted = labels.long().masked_fill(~told.to(labels.device), IGNORED)
+    strange = (counted != IGNORED) & ((counted < 0) | (counted >= logits.shape[-1]))
+    if bool(strange.any()):
+        raise UsageError(
+            f"A label is {int(counted[strange][0])}, which is no token of the model's.",
+            f"Labels go from 0 to {logits.shape[-1] - 1}; {IGNORED} is not counted.",
+        )
+    return counted

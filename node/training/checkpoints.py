@@ -1,0 +1,180 @@
+"""A training run on disk: an adapter that others can use, and what the run needs to go on.
+
+The directory has the adapter's two files and ``training_state.safetensors``: parameters, AdamW's
+means, and as JSON in its header how far the run is and what it is a run of. A run draws random
+numbers at its beginning alone and finds its data by the number of the step, so that no generator's
+state is kept. All files are written aside and then renamed: whoever reads, also after a crash or on
+a full disk, finds whole files, the state being that of one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from petalnode.errors import PetalnodeError, UsageError
+from petalnode.models.config import ModelConfig
+from petalnode.models.tuning.peft_files import CONFIG, WEIGHTS, Adapter, save_adapter
+
+STATE = "training_state.safetensors"
+ASIDE = ".saving"
+"""The directory within the run's where files are written before they are renamed."""
+KEY, FORMAT = "petalnode", 1
+FLAGS = {
+    "model": "model",
+    "data": "--data",
+    "learning_rate": "--lr",
+    "targets": "--target",
+}
+"""What a setting is called on the command line, where that is not its own name."""
+DIGESTS = ("model", "data")
+"""Settings whose values say nothing to a person."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. ``settings`` decide it: options, fingerprints of model and data.
+
+    ``started``: the time of its beginning in ISO format, the date that chat templates see. The
+    losses are those of the last step, and of the last evaluation, which was after ``eval_step``.
+    """
+
+    settings: Mapping[str, Any]
+    started: str
+    step: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+    eval_step: int = -1
+
+
+def save_run(
+    directory: Path,
+    progress: Progress,
+    state: Mapping[str, Tensor],
+    adapter: Adapter,
+    config: ModelConfig,
+    base_model: str,
+) -> None:
+    """Put the run's files in the place of those before. Raises ``PetalnodeError`` where the disk
+    does not take them; then the ones before are untouched."""
+    aside = directory / ASIDE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        said = json.dumps({"format": FORMAT, **asdict(progress)})
+        save_file(dict(state), aside / STATE, metadata={KEY: said})
+        save_adapter(aside, adapter, config, base_model)
+        for name in (STATE, WEIGHTS, CONFIG):
+            _to_disk(aside / name)
+        for name in (STATE, WEIGHTS, CONFIG):
+            os.replace(aside / name, directory / name)
+    except (OSError, SafetensorError) as error:
+        raise _unsaved(directory, error) from error
+    except UsageError as error:
+        if isinstance(error.__cause__, OSError):
+            raise _unsaved(directory, error.__cause__) from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_run(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
+    """How far the run in a directory is, and its tensors. Raises ``UsageError``."""
+    path = directory / STATE
+    if not path.is_file():
+        raise UsageError(
+            f"There is no training run to resume in {directory}.",
+            "Name the --out directory of one, or leave --resume out to begin.",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = json.loads((file.metadata() or {}).get(KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path) from error
+    if not isinstance(said, dict) or said.pop("format", None) != FORMAT:
+        raise _damaged(path)
+    try:
+        progress = Progress(**said)
+    except TypeError as error:
+        raise _damaged(path) from error
+    if type(progress.step) is not int or not isinstance(progress.settings, dict):
+        raise _damaged(path)
+    return progress, tensors
+
+
+def check_same_run(directory: Path, progress: Progress, settings: Mapping[str, Any]) -> None:
+    """Raise ``UsageError``, naming the first difference, unless the run has these settings."""
+    for name, value in settings.items():
+        was = progress.settings.get(name)
+        if was == value:
+            continue
+        flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+        values = "" if name in DIGESTS else f": {was}, not {value}"
+        raise UsageError(
+            f"The training run in {directory} was begun with another {flag}{values}.",
+            "Resume it as it was begun, or begin another in a new directory.",
+        )
+
+
+def check_free(directory: Path) -> None:
+    """Raise ``UsageError`` where a new run would overwrite somebody's adapter or run."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is not a directory.", "Choose another --out.")
+    for name in (STATE, CONFIG, WEIGHTS):
+        if (directory / name).exists():
+            raise UsageError(
+                f"{directory} has a {name} already.",
+                "Go on with that run by --resume, or choose another --out.",
+            )
+
+
+def make_directory(directory: Path) -> None:
+    """Make sure, before anything is trained, that a run can be saved there. Raises
+    ``UsageError``."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"Nothing can be saved in {directory}: {error.strerror or error}.",
+            "Choose another --out.",
+        ) from error
+
+
+def _unsaved(directory: Path, error: Exception) -> PetalnodeError:
+    why = getattr(error, "strerror", None) or str(error)
+    said = f"The training run cannot be saved in {directory}: {why}"
+    if not (directory / STATE).exists():
+        return PetalnodeError(f"{said}.", "Make room, or begin in another directory (--out).")
+    return PetalnodeError(
+        f"{said}; what was saved before is still there.", "Make room, then go on by --resume."
+    )
+
+
+def _to_disk(path: Path) -> None:
+    """Let a file's content be on the disk before its name is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _damaged(path: Path) -> UsageError:
+    return UsageError(
+        f"{path} is not a training state that can be read.",
+        "Begin again in a new directory; the adapter beside it may still be of use.",
+    )

@@ -1,0 +1,228 @@
+"""A whole training run: steps, validation, saving, and going on where one was left.
+
+    async with node.open_training() as training:
+        await tune(job, training, training.client, training.compute, report)
+
+A run that is cancelled, or loses its swarm, saves its last step first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+from torch import Tensor
+
+from petalnode.compute import Compute
+from petalnode.errors import PetalnodeError, UsageError
+from petalnode.events import (
+    Report,
+    TuningDone,
+    TuningEval,
+    TuningResumed,
+    TuningSaved,
+    TuningStep,
+    ignore,
+)
+from petalnode.models.checkpoint import Checkpoint
+from petalnode.models.client import ClientParts
+from petalnode.models.config import ModelConfig
+from petalnode.models.tuning.peft_files import Adapter
+from petalnode.training.checkpoints import (
+    Progress,
+    check_free,
+    check_same_run,
+    load_run,
+    make_directory,
+    save_run,
+)
+from petalnode.training.data import Dataset, Reading, Shuffle, read_dataset
+from petalnode.training.encoding import Encoder
+from petalnode.training.protocol import MAX_MICRO_TOKENS
+from petalnode.training.tuner import StepFailed, Training, TuneOptions, Tuner, new_parameters
+
+
+@dataclass(frozen=True, eq=False)
+class TuneJob:
+    """What is trained on what. Without ``out`` nothing is saved.
+
+    Every ``save_every`` steps, and after the last, the loss on ``evaluation`` is taken and the run
+    saved. ``saved`` is a run to go on with, ``started`` as in ``Progress``; ``dtype`` is what was
+    asked of the client's part.
+    """
+
+    checkpoint: Checkpoint
+    options: TuneOptions
+    data: Dataset
+    evaluation: Dataset | None = None
+    out: Path | None = None
+    save_every: int = 25
+    started: str = ""
+    dtype: str = "auto"
+    saved: tuple[Progress, Mapping[str, Tensor]] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the run."""
+        return {
+            "model": self.checkpoint.fingerprint,
+            **self.options.to_json(),
+            "dtype": self.dtype,
+            "data": self.data.digest,
+        }
+
+    def resumed(self) -> TuneJob:
+        """The job with the run that ``out`` has. Raises ``UsageError`` where it is another's."""
+        assert self.out is not None
+        saved = load_run(self.out)
+        check_same_run(self.out, saved[0], self.settings())
+        make_directory(self.out)
+        return replace(self, saved=saved)
+
+    def begun(self) -> TuneJob:
+        """The job in an ``out`` of its own, which is made. Raises ``UsageError`` where something
+        is there, or nothing can be."""
+        if self.out is not None:
+            check_free(self.out)
+            make_directory(self.out)
+        return self
+
+
+def longest_row(config: ModelConfig, options: TuneOptions) -> int:
+    """How many tokens of a row can be learned from. Raises ``UsageError`` if there is no room."""
+    room = min(config.max_positions, MAX_MICRO_TOKENS) - options.virtual_tokens
+    if room < 2:
+        raise UsageError(
+            f"A prompt of {options.virtual_tokens} tokens leaves no room for text in the model's "
+            f"context of {config.max_positions}.",
+            "Lower --prompt-tokens.",
+        )
+    return room
+
+
+def read_examples(
+    checkpoint: Checkpoint,
+    options: TuneOptions,
+    path: Path,
+    started: str = "",
+    reading: Reading | None = None,
+) -> Dataset:
+    """The examples of a file as this model and these options take them.
+
+    ``started``, an ISO time, is the date that chat templates see, by default the present. Raises
+    ``UsageError`` as ``read_dataset`` does, ``ModelError`` for chats where there is no template.
+    """
+    longest = longest_row(checkpoint.config, options)
+    clock = partial(datetime.fromisoformat, started) if started else datetime.now
+    encoder = Encoder(checkpoint.config, checkpoint.tokenizer(), checkpoint.chat_template, clock)
+    return read_dataset(path, encoder, longest, reading)
+
+
+async def tune(
+    job: TuneJob,
+    training: Training,
+    client: ClientParts,
+    compute: Compute,
+    report: Report = ignore,
+) -> TuningDone:
+    """Train to the last step, and return the event that says how it ended.
+
+    Raises what ``Tuner.step`` raises: after all but ``StepFailed`` the last step is saved first, as
+    it is when this is cancelled.
+    """
+    tuner = await compute.run(partial(_begin, job, training, client, compute))
+    run = _Run(job, tuner, compute, report)
+    try:
+        await run.go()
+    except StepFailed:
+        raise  # the parameters may be on their way to nowhere: what was saved is better
+    except (PetalnodeError, trio.Cancelled):
+        with trio.CancelScope(shield=True):
+            await run.save()
+        raise
+    done = TuningDone(run.progress.loss, run.progress.eval_loss, tuner.done)
+    report(done)
+    return done
+
+
+def _begin(job: TuneJob, training: Training, client: ClientParts, compute: Compute) -> Tuner:
+    config = job.checkpoint.config
+    parameters = new_parameters(job.options, config, client, job.data.rows)
+    tuner = Tuner(training, client, compute, job.options, parameters)
+    if job.saved is not None:
+        progress, state = job.saved
+        tuner.restore(progress.step, state)
+    return tuner
+
+
+class _Run:
+    """A run under way. ``progress`` is that of the last step."""
+
+    def __init__(self, job: TuneJob, tuner: Tuner, compute: Compute, report: Report) -> None:
+        self._job, self._tuner, self._compute, self._report = job, tuner, compute, report
+        self._shuffle = Shuffle(len(job.data.rows), job.options.seed)
+        started = job.started or datetime.now().isoformat()
+        self.progress = job.saved[0] if job.saved else Progress(job.settings(), started)
+        self._saved = self._first = tuner.done
+        self._began = 0.0
+
+    async def go(self) -> None:
+        """All steps that are missing, and the evaluations that are due."""
+        if self._job.saved is not None:
+            self._report(TuningResumed(str(self._job.out), self._tuner.done))
+        while True:
+            last = self._tuner.done >= self._job.options.steps
+            if last or self._tuner.done % self._job.save_every == 0:
+                await self._evaluate()
+                await self.save()
+            if last:
+                return
+            await self._step()
+
+    async def save(self) -> None:
+        """Save the last step, if it is not."""
+        if self._job.out is None or self._saved == self._tuner.done:
+            return
+        await self._compute.run(partial(self._write, self._job.out))
+        self._saved = self._tuner.done
+        self._report(TuningSaved(str(self._job.out), self._tuner.done))
+
+    def _write(self, out: Path) -> None:
+        tuner, checkpoint = self._tuner, self._job.checkpoint
+        tuning = tuner.parameters.tuning().map(Tensor.clone)
+        prompt = tuner.parameters.prompt
+        adapter = Adapter(tuning, None if prompt is None else prompt.detach().clone())
+        save_run(out, self.progress, tuner.state(), adapter, checkpoint.config, checkpoint.name)
+
+    async def _step(self) -> None:
+        options, rows = self._job.options, self._job.data.rows
+        chosen = self._shuffle.batch(self._tuner.done, options.batch_size)
+        before = trio.current_time()
+        if self._tuner.done == self._first:
+            self._began = before
+        result = await self._tuner.step([rows[index] for index in chosen])
+        now, done = trio.current_time(), self._tuner.done
+        self.progress = replace(self.progress, step=done, loss=result.loss)
+        each = (now - self._began) / (done - self._first)
+        self._report(
+            TuningStep(
+                step=done,
+                steps=options.steps,
+                loss=result.loss,
+                tokens_per_s=round(result.positions / max(now - before, 1e-9), 1),
+                learning_rate=options.rate_at(done - 1),
+                seconds_left=round(each * (options.steps - done), 1),
+            )
+        )
+
+    async def _evaluate(self) -> None:
+        done = self._tuner.done
+        if self._job.evaluation is None or self.progress.eval_step == done:
+            return
+        loss = await self._tuner.evaluate(self._job.evaluation.rows)
+        self.progress = replace(self.progress, eval_loss=loss, eval_step=done)
+        self._report(TuningEval(done, loss))

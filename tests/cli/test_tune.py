@@ -1,0 +1,195 @@
+"""``petalnode tune`` in a real swarm: events, Ctrl-C, SIGKILL, and a sentence for bad input."""
+
+import json
+import re
+import signal
+import subprocess
+from pathlib import Path
+from threading import Timer
+
+import pytest
+
+from petalnode.cli.arguments import build_parser, parse_arguments
+from petalnode.cli.main import main
+from petalnode.cli.tune import Reporter, duration
+from petalnode.events import TuningData, TuningDone, TuningEval, TuningStep
+
+from .test_processes import DEADLINE_S, command, environment, serving
+
+__all__ = ["environment"]
+
+PEER = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo"
+TEXTS = [f"Return the {n}th item of the list, or None." for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def swarm(environment):
+    """A node that holds the whole model, for as long as all tests here take."""
+    with serving(environment, "--blocks", "0:8") as node:
+        listening = node.wait_for("listening")
+        node.wait_for("ready")
+        node.watchdog.cancel()
+        node.watchdog = Timer(5 * DEADLINE_S, node.process.kill)
+        node.watchdog.start()
+        yield listening
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def tuning(swarm, data, out, *flags):
+    small = ["--steps", "6", "--batch-size", "2", "--save-every", "2", "--lr", "0.01"]
+    small += ["--rank", "2", "--prompt-tokens", "4"]
+    files = ["--data", str(data), "--eval", str(data), "--out", str(out)]
+    return ["tune", "demo", "--join", swarm["invite"], "--json", *files, *small, *flags]
+
+
+def finished(capsys, verb):
+    """The events of a verb, run in this process: it has imported torch already."""
+    code = main(verb)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def of(events, kind):
+    return [event for event in events if event["event"] == kind]
+
+
+def stopped_at(verb, environment, step, how):
+    """Runs until an event of that step, then sends the signal; the events and the exit code."""
+    verb = command(*verb)
+    process = subprocess.Popen(verb, stdout=subprocess.PIPE, env=environment, text=True)
+    watchdog = Timer(DEADLINE_S, process.kill)
+    watchdog.start()
+    events = []
+    for line in process.stdout:
+        events.append(json.loads(line))
+        if (events[-1]["event"], events[-1].get("step")) == ("step", step):
+            process.send_signal(how)
+    process.stdout.close()
+    code = process.wait()
+    watchdog.cancel()
+    return events, code
+
+
+def test_a_run_an_interrupted_one_a_killed_one(swarm, environment, data, tmp_path, capsys):
+    """The two that are stopped are processes of their own."""
+    whole = finished(capsys, tuning(swarm, data, tmp_path / "whole"))
+    losses = [event["loss"] for event in of(whole, "step")]
+    assert [event["step"] for event in of(whole, "step")] == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in of(whole, "eval")] == [0, 2, 4, 6]
+    assert [event["step"] for event in of(whole, "saved")] == [2, 4, 6]
+    assert all(event["tokens_per_s"] > 0 for event in of(whole, "step"))
+    assert whole[-1]["event"] == "done"
+    assert whole[-1]["loss"] == losses[-1]
+    assert of(whole, "eval")[-1]["loss"] < of(whole, "eval")[0]["loss"]
+    assert of(whole, "saved")[0]["dir"] == str(tmp_path / "whole")
+
+    out = tmp_path / "stopped"
+    events, code = stopped_at(tuning(swarm, data, out), environment, 3, signal.SIGINT)
+    assert code == 130
+    assert of(events, "saved")[-1]["step"] >= 3
+    events, code = stopped_at(tuning(swarm, data, out, "--resume"), environment, 5, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    at = of(events, "resumed")[0]["step"]
+    assert of(events, "step")[0]["loss"] == losses[at]
+    rest = finished(capsys, tuning(swarm, data, out, "--resume"))
+    at = of(rest, "resumed")[0]["step"]
+    assert [event["loss"] for event in of(rest, "step")] == losses[at:]
+    assert rest[-1]["loss"] == whole[-1]["loss"]
+    assert rest[-1]["eval_loss"] == whole[-1]["eval_loss"]
+
+    verb = ["generate", "demo", "Return", "--join", swarm["invite"], "--json"]
+    verb += ["--max-new-tokens", "8"]
+    plain = finished(capsys, verb)[-1]
+    tuned = finished(capsys, [*verb, "--adapter", str(out)])[-1]
+    assert (plain["event"], tuned["event"]) == ("done", "done")
+    assert tuned["tokens"] != plain["tokens"]
+
+
+def fails(capsys, *arguments):
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+def test_bad_input_before_anybody_is_asked(capsys, data, tmp_path):
+    verb = ["tune", "demo", "--data", str(data), "--out", str(tmp_path / "out")]
+    assert "--join" in fails(capsys, *verb)
+    verb += ["--join", PEER]
+    assert "no training run to resume" in fails(capsys, *verb, "--resume")
+    assert "q_porj" in fails(capsys, *verb, "--target", "q_porj")
+    assert "learning rate" in fails(capsys, *verb, "--lr", "nan")
+    assert "seed of" in fails(capsys, *verb, "--seed", str(1 << 63))
+    assert "too large" in fails(capsys, *verb, "--batch-size", "99999999999")
+    assert "no name" in fails(capsys, *verb, "--out", "")
+    assert "Nothing can be saved" in fails(capsys, *verb, "--out", str(data / "below"))
+    prompt = ["--method", "prompt"]
+    assert "nothing to target" in fails(capsys, *verb, *prompt, "--target", "q_proj")
+    assert "no room" in fails(capsys, *verb, *prompt, "--prompt-tokens", "2048")
+    assert "gone.jsonl" in fails(capsys, *verb, "--eval", str(tmp_path / "gone.jsonl"))
+    with data.open("a") as file:
+        file.write('{"text": "torn')
+    assert "line 13" in fails(capsys, *verb)
+    data.write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
+    assert "no chat template" in fails(capsys, *verb)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "adapter_config.json").touch()
+    assert "already" in fails(capsys, *verb, "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize("missing", ["--data", "--out"])
+def test_flags_that_must_be_there(capsys, missing):
+    given = [("--data", "x"), ("--out", "y")]
+    flags = [word for pair in given if pair[0] != missing for word in pair]
+    with pytest.raises(SystemExit) as caught:
+        main(["tune", "demo", *flags])
+    assert caught.value.code == 2
+    assert missing in capsys.readouterr().err
+
+
+def test_the_environment_gives_flags_that_must_be_there():
+    environ = {"PETALNODE_DATA": "x", "PETALNODE_OUT": "y", "PETALNODE_TARGET": "q_proj v_proj"}
+    parsed = parse_arguments(["tune", "demo"], environ)
+    assert (parsed.data, parsed.out, parsed.target) == ("x", "y", ["q_proj", "v_proj"])
+
+
+def test_sentences_for_a_person(capsys):
+    arguments = parse_arguments(["tune", "demo", "--data", "x", "--out", "y"], {})
+    report = Reporter(arguments)
+    report(TuningData("x", 1200, 5000, 4000, 3, 1))
+    for step in (9, 10):
+        report(TuningStep(step, 20, 2.5, 812.4, 0.01, 75.0))
+    report(TuningEval(10, 3.25))
+    report(TuningDone(2.0, 3.0, 20))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "x: 1,200 examples, 4,000 of 5,000 tokens are learned; 3 cut to the context; 1 dropped, "
+        "their prompts alone fill it",
+        "step 10/20: loss 2.500, 812 tokens/s, 75 s left",
+        "step 10: validation loss 3.2500",
+        "20 steps done: last loss 2.0000, validation loss 3.0000",
+        "use it: petalnode generate demo PROMPT --adapter y --join JOIN",
+    ]
+
+
+def test_the_guide_names_flags_that_there_are():
+    guide = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()
+    verbs = build_parser("", {})._actions[-1].choices
+    there = {flag for name in ("tune", "generate") for flag in verbs[name]._option_string_actions}
+    named = set(re.findall(r"--[a-z][a-z-]+", guide)) - {"--"}
+    assert {"--resume", "--target", "--save-every"} <= named <= there
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (99, "99 s"), (120, "2 min")])
+def test_durations(seconds, said):
+    assert duration(seconds) == said
+    assert duration(12_000) == "3 h 20 min"

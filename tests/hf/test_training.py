@@ -1,0 +1,375 @@
+"""Training through ``petalnode.hf``: losses and gradients are those of transformers' own model."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from petalnode.errors import UsageError
+from petalnode.hf import PetalnodeForSequenceClassification, freeze, unfreeze
+
+from .swarm_node import model_on
+from .test_forward import batch, close
+from .test_generate import generate
+
+TARGETS = {"llama": ["q_proj", "down_proj"], "bloom": ["query_key_value", "dense_4h_to_h"]}
+
+
+def layers(reference):
+    inner = getattr(reference.base_model, "decoder", reference.base_model)
+    return inner.layers if hasattr(inner, "layers") else inner.h
+
+
+@contextmanager
+def adapted(reference, trained):
+    """transformers' model with the same matrices and prompts, which get gradients."""
+    own = {name: one.detach().clone().requires_grad_() for name, one in trained.named_parameters()}
+    hooks = []
+
+    def low_rank(name, scale):
+        def add(module, args, output):
+            return output + scale * (args[0] @ own[f"{name}.a"].T) @ own[f"{name}.b"].T
+
+        return add
+
+    def prompt(name, first):
+        def add(module, args, kwargs):
+            hidden, n = args[0], len(own[name])
+            if hidden.shape[1] > 1:  # later steps have no position of the prompt
+                before = hidden[:, :n] * first + own[name]
+                hidden = torch.cat([before, hidden[:, n:]], 1)
+            return (hidden, *args[1:]), kwargs
+
+        return add
+
+    if trained.prompt is not None:  # instead of what is made of the embeddings there
+        hook = prompt("soft", 0.0)
+        hooks.append(layers(reference)[0].register_forward_pre_hook(hook, with_kwargs=True))
+    for index, block in trained.tuning().blocks.items():
+        layer = layers(reference)[index]
+        for site, low in block.lora.items():
+            hook = low_rank(f"{index}.{site}", low.scale)
+            hooks.append(layer.get_submodule(site).register_forward_hook(hook))
+        if block.prompt is not None:
+            hook = prompt(f"{index}.prompt", 1.0)
+            hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield own
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reference_inputs(reference, own, ids, mask):
+    """Embeddings with room for the prompt before them, and the mask for both."""
+    embeddings = reference.get_input_embeddings()(ids)
+    if "soft" not in own:
+        return embeddings, mask
+    n = len(own["soft"])
+    room = embeddings[:, :1].detach().expand(-1, n, -1)
+    return torch.cat([room, embeddings], 1), torch.cat([mask.new_ones(len(ids), n), mask], 1)
+
+
+def reference_loss(reference, own, ids, mask):
+    embeddings, longer = reference_inputs(reference, own, ids, mask)
+    logits = reference(inputs_embeds=embeddings, attention_mask=longer).logits
+    logits = logits[:, longer.shape[1] - ids.shape[1] :]
+    labels = ids.masked_fill(mask == 0, -100)
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+
+
+def enable(both, kind):
+    """What is trained, with numbers that are not zero."""
+    if kind == "lora":
+        targets = TARGETS.get(both.reference.config.model_type)
+        trained = both.model.enable_lora(4, 8, targets, seed=3)
+    else:
+        trained = both.model.enable_prompt(3, deep=kind == "deep prompt")
+    rng = torch.Generator().manual_seed(4)
+    for parameter in trained.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=rng)
+    return trained
+
+
+KINDS = ["lora", "prompt", "deep prompt"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients(each, kind):
+    ids, mask = batch("right", (9, 2, 6))
+    trained = enable(each, kind)
+    loss = each.model(ids, attention_mask=mask, labels=ids).loss
+    loss.backward()
+    with adapted(each.reference, trained) as own:
+        want = reference_loss(each.reference, own, ids, mask)
+        want.backward()
+    close(loss, want)
+    assert {name for name, _ in trained.named_parameters()} == set(own)
+    for name, parameter in trained.named_parameters():
+        error = (parameter.grad - own[name].grad).norm() / own[name].grad.norm()
+        assert error < 1e-4, (name, error)
+
+
+def test_steps_of_an_ordinary_loop(both):
+    trained = enable(both, "lora")
+    optimizer, losses = torch.optim.AdamW(both.model.parameters(), lr=1e-2), []
+    with adapted(both.reference, trained) as own:
+        local = torch.optim.AdamW(own.values(), lr=1e-2)
+        for step in range(6):
+            ids, mask = batch("left", (9, 2, 6), seed=step % 2)
+            loss = both.model(ids, attention_mask=mask, labels=ids).loss
+            labels = ids.masked_fill(mask.cumsum(1) * mask < 2, -100)
+            want = both.reference(ids, attention_mask=mask, labels=labels).loss
+            close(loss, want)
+            losses.append(float(loss.detach()))
+            for one, its in ((optimizer, loss), (local, want)):
+                one.zero_grad()
+                its.backward()
+                one.step()
+    assert losses[4] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generating_with_what_is_trained(both, kind, beams):
+    ids, mask = batch(lengths=(7, 7))
+    trained = enable(both, kind)
+    options = {"do_sample": False, "num_beams": beams, "eos_token_id": None}
+    got = generate(both.model, ids, mask, **options)
+    with torch.no_grad(), adapted(both.reference, trained) as own:
+        embeddings, longer = reference_inputs(both.reference, own, ids, mask)
+        want = both.reference.generate(
+            inputs_embeds=embeddings,
+            attention_mask=longer,
+            max_new_tokens=12,
+            pad_token_id=0,
+            **options,
+        )
+    assert got[:, ids.shape[1] :].tolist() == want.tolist()
+    both.model.disable()
+    assert generate(both.model, ids, mask, **options).tolist() != got.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_goes_on_with_what_it_was_made_with(each, kind):
+    ids, _ = batch(lengths=(7,))
+    trained = enable(each, kind)
+    with torch.no_grad():
+        want = each.model(ids).logits
+        cache = each.model.new_cache()
+        each.model(ids[:, :3], past_key_values=cache)
+        for parameter in trained.parameters():
+            parameter.data.zero_()
+        each.model.disable()
+        close(each.model(ids[:, 3:], past_key_values=cache).logits, want[:, 3:])
+
+
+def test_parameters_are_what_is_trained_and_nothing_else(both):
+    model = both.model
+    assert list(model.parameters()) == []
+    assert model.num_parameters() == 0
+    assert "blocks on other machines, frozen" in repr(model)
+    model.enable_lora()
+    assert all(name.startswith("trained.") for name, _ in model.named_parameters())
+    unfreeze(model.get_output_embeddings())
+    others = [name for name, _ in model.named_parameters() if not name.startswith("trained.")]
+    assert len(others) == 1
+    freeze(model.local)
+    assert len(list(model.parameters())) == len(list(model.trained.parameters()))
+    with pytest.raises(UsageError, match="already"):
+        model.enable_prompt()
+    with pytest.raises(UsageError, match="local"):
+        unfreeze(model.blocks)
+
+
+def test_gradients_of_local_modules_that_were_unfrozen(each):
+    ids, mask = batch("right", (9, 2, 6))
+    unfreeze(each.model.local)
+    labels = ids.masked_fill(mask == 0, -100)
+    each.model(ids, attention_mask=mask, labels=labels).loss.backward()
+    each.reference(ids, attention_mask=mask, labels=labels).loss.backward()
+    ends = [
+        (each.model.get_input_embeddings(), each.reference.get_input_embeddings()),
+        (each.model.get_output_embeddings(), each.reference.get_output_embeddings()),
+    ]
+    if "norm" in each.model.local:
+        ends.append((each.model.local["norm"], each.reference.base_model.norm))
+    for own, other in ends:
+        error = (own.weight.grad - other.weight.grad).norm() / other.weight.grad.norm()
+        assert error < 1e-4, own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_trained_is_saved_and_loaded(both, kind, tmp_path):
+    ids, mask = batch()
+    enable(both, kind)
+    unfreeze(both.model.get_output_embeddings())
+    both.model.get_output_embeddings().weight.data *= 1.5
+    want = both.model(ids, attention_mask=mask).logits
+    both.model.save_pretrained(tmp_path / "out")
+    fresh = model_on(both.node)
+    fresh.load_trained(tmp_path / "out")
+    close(fresh(ids, attention_mask=mask).logits, want, atol=1e-6)
+    names = {name for name, _ in both.model.named_parameters()}
+    assert {name for name, _ in fresh.named_parameters()} == names
+
+
+def test_peft_loads_what_was_saved(both, tmp_path):
+    from peft import PeftModel
+
+    ids, mask = batch()
+    enable(both, "lora")
+    both.model.save_pretrained(tmp_path)
+    want = both.model(ids, attention_mask=mask).logits
+    theirs = PeftModel.from_pretrained(both.reference, tmp_path)
+    try:
+        close(theirs(ids, attention_mask=mask).logits, want, mask)
+    finally:
+        theirs.unload()
+
+
+def test_what_peft_made_is_loaded(both, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    ids, mask = batch()
+    targets = TARGETS[both.reference.config.model_type]
+    torch.manual_seed(5)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    theirs = get_peft_model(both.reference, config)
+    try:
+        theirs.save_pretrained(tmp_path)
+        want = theirs(ids, attention_mask=mask).logits
+        both.model.load_trained(tmp_path)
+        close(both.model(ids, attention_mask=mask).logits, want, mask)
+        assert not torch.allclose(model_on(both.node)(ids).logits, want, atol=1e-2)
+    finally:
+        theirs.unload()
+
+
+def test_files_that_are_not_this_models_are_said(both, nodes, tmp_path):
+    with pytest.raises(UsageError, match="Nothing is trained"):
+        both.model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="neither"):
+        both.model.load_trained(tmp_path)
+    (tmp_path / "local_modules.safetensors").write_bytes(b"12345678 what is this?")
+    with pytest.raises(UsageError, match="damaged"):
+        both.model.load_trained(tmp_path)
+    unfreeze(both.model.get_output_embeddings())
+    both.model.save_pretrained(tmp_path)
+    other = model_on(nodes("opt")[1])
+    with pytest.raises(UsageError, match="not this model's"):
+        other.load_trained(tmp_path)
+    both.model.enable_lora()
+    both.model.save_pretrained(tmp_path)
+    fresh = model_on(both.node)
+    (tmp_path / "local_modules.safetensors").write_bytes(b"12345678 what is this?")
+    with pytest.raises(UsageError, match="damaged"):
+        fresh.load_trained(tmp_path)
+    assert list(fresh.parameters()) == list(other.parameters()) == []
+
+
+def train(model, directory, *, resume=None, **changes):
+    """Let transformers' own ``Trainer`` train; return the loss of each step, and the trainer."""
+    ids, mask = batch("right", (9, 2, 6, 5))
+    rows = [
+        {"input_ids": row, "attention_mask": kept, "labels": row}
+        for row, kept in zip(ids, mask, strict=True)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **changes,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
+
+
+def test_the_trainer_of_transformers(both, tmp_path):
+    both.model.enable_lora(4)
+    before = [parameter.detach().clone() for parameter in both.model.parameters()]
+    accumulated = {"max_steps": 2, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    _, trainer = train(both.model, tmp_path, **accumulated)
+    trainer.save_model(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert any(
+        not torch.equal(one, parameter)
+        for one, parameter in zip(before, both.model.parameters(), strict=True)
+    )
+
+
+def test_the_trainer_goes_on_from_a_checkpoint_and_takes_the_best(both, tmp_path):
+    def fresh():
+        model = model_on(both.node)
+        model.enable_lora(4)
+        unfreeze(model.local["norm" if "norm" in model.local else "ln_f"])
+        return model
+
+    often = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    losses, _ = train(fresh(), tmp_path, **often)
+    resumed, _ = train(fresh(), tmp_path, resume=str(tmp_path / "checkpoint-2"), **often)
+    assert resumed == pytest.approx(losses, abs=1e-4)
+    assert abs(losses[3] - losses[1]) > 1e-2
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    model = fresh()
+    _, trainer = train(model, tmp_path / "best", **often, **best)
+    loaded = model_on(both.node)
+    loaded.load_trained(trainer.state.best_model_checkpoint)
+    for one, other in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequence_classification(each, side):
+    model = model_on(each.node, PetalnodeForSequenceClassification, num_labels=3, pad_token_id=0)
+    reference = AutoModelForSequenceClassification.from_pretrained(
+        each.path,
+        num_labels=3,
+        pad_token_id=0,
+        dtype=torch.float32,
+        attn_implementation="eager",
+    ).eval()
+    reference.score.weight.data = model.score.weight.detach().clone()
+    ids, mask = batch(side, (7, 3, 5))
+    labels = torch.tensor([0, 2, 1])
+    got = model(ids, attention_mask=mask, labels=labels)
+    want = reference(ids, attention_mask=mask, labels=labels)
+    close(got.logits, want.logits)
+    close(got.loss, want.loss)
+    assert [name for name, _ in model.named_parameters()] == ["score.weight"]
+    got.loss.backward()
+    want.loss.backward()
+    close(model.score.weight.grad, reference.score.weight.grad)
+
+
+def test_without_a_mask_a_classifier_scores_the_last_that_is_not_padding(both):
+    model = model_on(both.node, PetalnodeForSequenceClassification, num_labels=3, pad_token_id=0)
+    ids, mask = batch("right", (7, 3, 5))
+    close(model(ids).logits, model(ids, attention_mask=mask).logits)
+    model.config.pad_token_id = 299  # the mask says more than what the tokens are
+    close(model(ids, attention_mask=mask).logits[1:2], model(ids[1:2, :3]).logits)
+    with pytest.raises(UsageError, match="Attention weights"):
+        model(ids, output_attentions=True)
+
+
+def test_a_classifiers_score_is_saved(both, tmp_path):
+    model = model_on(both.node, PetalnodeForSequenceClassification, num_labels=3)
+    model.save_pretrained(tmp_path)
+    fresh = model_on(both.node, PetalnodeForSequenceClassification, num_labels=3)
+    fresh.load_trained(tmp_path)
+    assert torch.equal(fresh.score.weight, model.score.weight)
+    ids, mask = batch("left", (4, 4))
+    assert torch.equal(fresh(ids, attention_mask=mask).logits, model(ids, attention_mask=mask)[0])
+    with pytest.raises(UsageError, match="padding"):
+        model(ids)
+    with pytest.raises(UsageError, match="not this model's"):
+        model_on(both.node, PetalnodeForSequenceClassification, num_labels=2).load_trained(tmp_path)
