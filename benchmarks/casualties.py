@@ -50,7 +50,14 @@ class Casualty:
 class Ward:
     """The nodes. Made by ``open_ward``. ``log`` is told what happens to them."""
 
-    def __init__(self, folder: Path, nursery: trio.Nursery, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nursery: trio.Nursery,
+        log: Callable[[str], None],
+        arguments: Sequence[str],
+    ) -> None:
+        self._arguments = arguments
         self.nodes = [
             Casualty(span, folder / f"{number}.key") for number, span in enumerate(SPANS * COPIES)
         ]
@@ -93,7 +100,12 @@ class Ward:
         known = [other.invite for other in self.nodes if other.is_ready and other is not node]
         verb = [sys.executable, "-m", "petalnode", "run", "demo", "--json", "--blocks", node.span]
         verb += ["--host", "127.0.0.1", "--identity", str(node.key)]
-        verb += ["--kv-tokens", str(KV_TOKENS), *(["--join", known[0]] if known else [])]
+        verb += [
+            *self._arguments,
+            "--kv-tokens",
+            str(KV_TOKENS),
+            *(word for invite in known for word in ("--join", invite)),
+        ]
         node.said = {}
         node.process = await trio.lowlevel.open_process(
             verb, stdout=subprocess.PIPE, env=dict(environment()), start_new_session=True
@@ -153,11 +165,13 @@ class Ward:
 
 
 @asynccontextmanager
-async def open_ward(log: Callable[[str], None]) -> AsyncIterator[Ward]:
-    """The nodes, all ready; whatever lives is killed on leaving."""
+async def open_ward(
+    log: Callable[[str], None], arguments: Sequence[str] = ()
+) -> AsyncIterator[Ward]:
+    """The nodes, all ready, with these arguments for each; whatever lives is killed on leaving."""
     with TemporaryDirectory(prefix="petalnode-bench-") as folder:
         async with trio.open_nursery() as nursery:
-            ward = Ward(Path(folder), nursery, log)
+            ward = Ward(Path(folder), nursery, log, arguments)
             try:
                 await ward.start_all()
                 yield ward

@@ -1,6 +1,6 @@
 """Random kills at random steps, with real processes: the text must be exact every time.
 
-python -m benchmarks.kills [--kills 100] [--seed 0] [--json]
+python -m benchmarks.kills [--kills 100] [--seed 0] [--replay-log-tokens N] [--json]
 
 Six nodes hold the bundled model twice; a client generates, and at a random step one or more of the
 nodes that it uses get SIGKILL. Every text is compared with what ``transformers`` makes of the same
@@ -170,13 +170,14 @@ class Trial:
                 self._killed.append(victim)
 
 
-async def run(kills: int, seed: int) -> list[Outcome]:
+async def run(kills: int, seed: int, log_tokens: int | None) -> list[Outcome]:
     """Generation after generation, until so many nodes were killed."""
+    arguments = ["--replay-log-tokens", str(log_tokens)] if log_tokens is not None else []
     rng, outcomes = Random(seed), list[Outcome]()
     progress("transformers computes the texts to compare with")
     want = await trio.to_thread.run_sync(local_tokens, NEW_TOKENS)
     async with (
-        open_ward(lambda text: None) as ward,
+        open_ward(lambda text: None, arguments) as ward,
         open_node("demo", NodeOptions(join=(ward.invite,))) as node,
     ):
         progress("the nodes are ready")
@@ -239,9 +240,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="default 100")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--replay-log-tokens", type=int, help="of each node: with 1, the client replays it all"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    outcomes = trio.run(run, arguments.kills, arguments.seed)
+    outcomes = trio.run(run, arguments.kills, arguments.seed, arguments.replay_log_tokens)
     print(json.dumps(report(outcomes)) if arguments.json else table(outcomes))
     return 0 if outcomes and all(outcome.exact for outcome in outcomes) else 1
 

@@ -17,9 +17,13 @@ ALL = (
     "gossip",
     "loading",
     "perplexity",
+    "training",
+    "tuning",
 )
 QUICK = tuple(
-    name for name in ALL if name not in ("wire", "blocks", "placement", "loading", "perplexity")
+    name
+    for name in ALL
+    if name not in ("wire", "blocks", "placement", "loading", "perplexity", "training", "tuning")
 )
 """What a quick run is without names: the others can be run by themselves."""
 CHECKS = ("parity",)

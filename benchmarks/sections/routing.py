@@ -75,36 +75,21 @@ def search_times(
     records: Sequence[Announcement], known: Knowledge, rounds: int
 ) -> dict[str, float]:
     """Median milliseconds of CPU time of each kind of search."""
-    router, rng, current = Router(BLOCKS), random.Random(SEED), list(records)
-
-    def after(change: Callable[[Announcement], Announcement]) -> Callable[[], object]:
-        def search() -> object:
-            chosen = rng.randrange(len(current))
-            current[chosen] = change(current[chosen])
-            return router.find(current, known, rng=rng)
-
-        return search
-
-    def beat(a: Announcement) -> Announcement:
-        return replace(a, seq=a.seq + 1, queue_depth=rng.randrange(3))
-
-    def moved(a: Announcement) -> Announcement:
-        return replace(a, seq=a.seq + 1, rtts={key: 1.5 * rtt for key, rtt in a.rtts.items()})
-
+    router, current = Router(BLOCKS), list(records)
     router.find(current, known)
+    after, cached = after_changes(router, current, known), Workload(kv_tokens=8192)
+    bulk, gap = Workload(bulk_tokens=1000), Gap(30, 42)
     times = {
-        "after a beat": median_ms(after(beat), rounds),
+        "after a beat": median_ms(after["a beat"], rounds),
         "with 8,192 tokens of cache": median_ms(
-            lambda: router.find(current, known, Workload(kv_tokens=8192)), rounds
+            lambda: router.find(current, known, cached), rounds
         ),
         "replacement for 12 blocks": median_ms(
-            lambda: router.find(current, known, gap=Gap(30, 42)), rounds
+            lambda: router.find(current, known, gap=gap), rounds
         ),
-        "bulk, 1,000 tokens": median_ms(
-            lambda: router.find(current, known, Workload(bulk_tokens=1000)), 5
-        ),
+        "bulk, 1,000 tokens": median_ms(lambda: router.find(current, known, bulk), 5),
         "explaining all peers": median_ms(lambda: explain(router, current, known), 5),
-        "after changed round trips": median_ms(after(moved), rounds),
+        "after changed round trips": median_ms(after["changed round trips"], rounds),
         "for the first time": median_ms(lambda: Router(BLOCKS).find(current, known), 5),
     }
     problem = router.problem(current, known, Workload(), Gap(0, BLOCKS), ())
@@ -112,6 +97,29 @@ def search_times(
     assert found is not None
     assert abs(dijkstra(problem) - found.cost_s) < 1e-9
     return times | {"Dijkstra, plain Python": median_ms(lambda: dijkstra(problem), 3)}
+
+
+def after_changes(
+    router: Router, current: list[Announcement], known: Knowledge
+) -> dict[str, Callable[[], object]]:
+    """Searches, each after another record of ``current`` has changed in that way."""
+    rng = random.Random(SEED)
+
+    def after(change: Callable[[Announcement], dict[str, object]]) -> Callable[[], object]:
+        def search() -> object:
+            chosen = rng.randrange(len(current))
+            a = current[chosen]
+            current[chosen] = replace(a, seq=a.seq + 1, **change(a))
+            return router.find(current, known, rng=rng)
+
+        return search
+
+    return {
+        "a beat": after(lambda _: {"queue_depth": rng.randrange(3)}),
+        "changed round trips": after(
+            lambda a: {"rtts": {key: 1.5 * rtt for key, rtt in a.rtts.items()}}
+        ),
+    }
 
 
 def median_ms(function: Callable[[], object], rounds: int) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import signal
 import statistics
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import trio
 
 from benchmarks.checkpoints import SHAPES, checkpoint
 from benchmarks.links import sent_between, sent_bytes
@@ -116,7 +117,7 @@ def one_kill(
     client.tell(do="decode", steps=STEPS)
     text.listen(client, STEPS_BEFORE)
     before = sent_bytes()
-    time.sleep(rng.random() * step_s)  # at any moment of a step
+    trio.run(trio.sleep, rng.random() * step_s)  # at any moment of a step
     killed = swarm.signal(victim, signal.SIGKILL)
     text.listen(client)
     sent = sent_between(before, sent_bytes())
