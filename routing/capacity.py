@@ -367,10 +367,3 @@ class Trials:
 
     def _whole(self, missing: float) -> float:
         return missing if missing > self._tps * PRECISION else 0.0
-
-
-def swarm_throughput(taken: Iterable[Seat], num_blocks: int) -> float:
-    """Tokens/s that peers in their seats carry together."""
-    taken = list(taken)
-    best = bound(((seat.size, seat.rate) for seat in taken), num_blocks)
-    return Board(taken, num_blocks).throughput(best)

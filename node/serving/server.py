@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 import trio
@@ -80,18 +80,8 @@ class HopServer:
         Raises ``PeerMisbehaved`` on a broken protocol and ``PeerGone`` when the stream breaks;
         the host resets the stream then, and that stream alone.
         """
-        stream.max_payload = 0  # a stranger's first words reserve no memory here
-        with trio.fail_after(HELLO_DEADLINE_S):
-            first = await stream.receive()
-        if first is None:
-            return
-        stream.max_payload = max_payload_bytes(self._engine.span.config.hidden_size)
-        try:
-            await self._dispatch(stream, first)
-        except BadMessage as bad:
-            raise PeerMisbehaved(
-                f"Peer {stream.peer_id} broke the hop protocol: {bad}.", peer_id=stream.peer_id
-            ) from None
+        most = max_payload_bytes(self._engine.span.config.hidden_size)
+        await welcome(stream, most, "hop", self._dispatch)
 
     async def _dispatch(self, stream: FrameStream, first: Frame) -> None:
         try:
@@ -155,3 +145,27 @@ class HopServer:
             await found.serve_feed(stream)
         except PeerError:
             return  # the sender's end is its client's business: it watches that hop itself
+
+
+async def welcome(
+    stream: FrameStream,
+    max_payload: int,
+    protocol: str,
+    serve: Callable[[FrameStream, Frame], Awaitable[None]],
+) -> None:
+    """Await a stream's first frame, then serve it with payloads of up to ``max_payload`` bytes.
+
+    Raises ``PeerMisbehaved`` that names the protocol where ``serve`` says that it was broken.
+    """
+    stream.max_payload = 0  # a stranger's first words reserve no memory here
+    with trio.fail_after(HELLO_DEADLINE_S):
+        first = await stream.receive()
+    if first is None:
+        return
+    stream.max_payload = max_payload
+    try:
+        await serve(stream, first)
+    except BadMessage as bad:
+        raise PeerMisbehaved(
+            f"Peer {stream.peer_id} broke the {protocol} protocol: {bad}.", peer_id=stream.peer_id
+        ) from None

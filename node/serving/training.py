@@ -14,12 +14,13 @@ from contextlib import suppress
 import trio
 
 from petalnode.compute import Compute
-from petalnode.errors import PeerError, PeerMisbehaved
+from petalnode.errors import PeerError
 from petalnode.p2p.frames import Frame, FrameStream
 from petalnode.protocol import BadMessage, refusal_wire
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.rows import Refusal
+from petalnode.serving.server import TELL_DEADLINE_S, welcome
 from petalnode.serving.session_tuning import MAX_SESSION_TUNING_BYTES, tuning_budget
 from petalnode.serving.train_session import Room, TrainSession
 from petalnode.training.protocol import MAX_FRAME_BYTES, OpenTraining
@@ -28,9 +29,6 @@ MAX_SESSIONS = 64
 MAX_SESSIONS_PER_PEER = 8
 MAX_HELD_BYTES = 1 << 29
 """Of hidden states and gradients, in the jobs of all sessions: what is more waits to be read."""
-TELL_DEADLINE_S = 2.0
-HELLO_DEADLINE_S = 10.0
-"""For the first frame on a new stream."""
 
 
 class TrainServer:
@@ -83,19 +81,7 @@ class TrainServer:
         Raises ``PeerMisbehaved`` on a broken protocol and ``PeerGone`` when the stream breaks;
         the host resets the stream then, and that stream alone.
         """
-        stream.max_payload = 0  # a stranger's first words reserve no memory here
-        with trio.fail_after(HELLO_DEADLINE_S):
-            first = await stream.receive()
-        if first is None:
-            return
-        stream.max_payload = MAX_FRAME_BYTES
-        try:
-            await self._serve(stream, first)
-        except BadMessage as bad:
-            raise PeerMisbehaved(
-                f"Peer {stream.peer_id} broke the training protocol: {bad}.",
-                peer_id=stream.peer_id,
-            ) from None
+        await welcome(stream, MAX_FRAME_BYTES, "training", self._serve)
 
     async def _serve(self, stream: FrameStream, first: Frame) -> None:
         if first.header.get("type") != "open":

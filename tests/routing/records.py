@@ -1,8 +1,10 @@
 """Announcements for tests: everything valid, whatever is not named."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from petalnode.routing.announcement import Announcement
+from petalnode.routing.capacity import Board, Seat, bound
 
 FINGERPRINT = "0123456789abcdef" * 2
 WALL = 1_800_000_000.0
@@ -28,3 +30,10 @@ def record(peer_id: str = "alice", start: int = 0, end: int = 4, **changes: Any)
         "ttl_s": 30.0,
     }
     return Announcement(**(values | changes))
+
+
+def swarm_throughput(taken: Iterable[Seat], num_blocks: int) -> float:
+    """Tokens/s that peers in their seats carry together."""
+    taken = list(taken)
+    best = bound(((seat.size, seat.rate) for seat in taken), num_blocks)
+    return Board(taken, num_blocks).throughput(best)

@@ -3,10 +3,10 @@ import itertools
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from petalnode.routing.capacity import Board, seats, swarm_throughput
+from petalnode.routing.capacity import Board, seats
 from petalnode.routing.placement import block_throughput, choose_window
 
-from .records import record
+from .records import record, swarm_throughput
 
 
 def test_an_empty_swarm_is_filled_from_the_start() -> None:

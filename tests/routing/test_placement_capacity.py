@@ -16,12 +16,11 @@ from petalnode.routing.capacity import (
     Trials,
     bound,
     seats,
-    swarm_throughput,
 )
 from petalnode.routing.placement import best_window, choose_window
 from petalnode.routing.rebalance import best_moves, plan_moves
 
-from .records import record
+from .records import record, swarm_throughput
 
 BLOCKS = 6
 windows = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS), st.integers(1, 20))

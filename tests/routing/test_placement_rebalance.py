@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalnode.routing.announcement import Announcement
-from petalnode.routing.capacity import seats, swarm_throughput
+from petalnode.routing.capacity import seats
 from petalnode.routing.rebalance import (
     CONFIRM_S,
     MAX_MOVING_SHARE,
@@ -20,7 +20,7 @@ from petalnode.routing.rebalance import (
     plan_moves,
 )
 
-from .records import record
+from .records import record, swarm_throughput
 
 
 class Deciding:
