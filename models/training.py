@@ -4,13 +4,16 @@ Weights are frozen: gradients are those of the input and of what the client adds
 nothing in the span and takes no cache; rows are whole, one after the other, nothing padded. What
 else the node computes may come between two steps, in the same thread.
 
+Going back through a block needs its activations. No pass holds them for longer than one block
+takes: they are computed again from the block's input (checkpointing, arXiv 1604.06174).
+
 Suffixes name shapes: T tokens of the micro-batch, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,15 +24,16 @@ from petalnode.models.span import Span
 from petalnode.models.tuning.rows import TunedRows
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 
-MAX_GRAPH_BYTES = 1 << 30
-"""What the graphs of one backward pass may take, unless that of a single block takes more."""
+NODE_BYTES = 1 << 10
+"""More than a node of a graph takes that holds no tensors."""
 
 
 class ForwardPass:
-    """Hidden states x [T, H] through the blocks [start, end), without a graph.
+    """Hidden states x [T, H] through the blocks [start, end), without their activations.
 
     `lengths` of the rows sum up to T. `output` [T, H], in the span's dtype and on its device, is
-    what the steps so far made of x. Raises `LocalProtocolError` for what does not fit.
+    what the steps so far made of x. With `keep`, a `BackwardPass` can follow: the blocks' inputs
+    stay, and what leads back through them. Raises `LocalProtocolError` for what does not fit.
     """
 
     def __init__(
@@ -40,131 +44,164 @@ class ForwardPass:
         x: Tensor,
         lengths: Sequence[int],
         tuning: Tuning = NOTHING,
+        *,
+        keep: bool = False,
     ) -> None:
-        self._blocks = _Blocks(span, start, end, x, lengths, tuning)
+        self._given = tuning.within(start, end)
+        if keep:
+            tuning = self._given.leaves(span.device)
+        self.blocks = _Blocks(span, start, end, x, lengths, tuning)
+        self.kept: list[_Checkpoint] | None = [] if keep else None
         self._next = start
-        self.output = self._blocks.place(x)
+        self.output = self.blocks.place(x)
 
     @property
     def steps_left(self) -> int:
         """Blocks to go."""
-        return self._blocks.end - self._next
+        return self.blocks.end - self._next
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for a backward pass: inputs, graphs, and matrices in float32 that came in
+        another dtype."""
+        kept = self.kept or []
+        blocks = sum(one.y.nbytes + one.nodes * NODE_BYTES for one in kept)
+        converted = sum(4 * t.numel() for _, t in self._given.named() if t.dtype != torch.float32)
+        return blocks + (kept[0].x.nbytes + converted if kept else 0)
 
     def step(self) -> None:
         """Compute one block."""
-        with torch.no_grad():
-            self.output = self._blocks.run(self._next, self.output)
+        index = self._next
+        if self.kept is None:
+            with torch.no_grad():
+                self.output = self.blocks.run(index, self.output)
+        else:
+            self.kept.append(_Checkpoint(partial(self.blocks.run, index), self.output))
+            self.output = self.kept[-1].y.detach()
         self._next += 1
+        if not self.steps_left:
+            self.blocks.rest()
 
 
 class BackwardPass:
-    """The gradient [T, H] of the output of the blocks [start, end), back to their input x.
+    """The gradient [T, H] of a forward pass's output, back to its input x.
 
-    First each block is computed again, with a graph of its own; then the graphs are gone through
-    from the last block to the first: two steps a block. Where the graphs would be larger than
-    `MAX_GRAPH_BYTES` together, those of the first blocks are made once more when they are needed,
-    a third step each. In the end `grad` [T, H] is the gradient of x, in the span's dtype, and
-    `tuning_grads` has the gradients of `tuning`'s tensors for these blocks, float32, by the names
+    `forward` was made with `keep`; what it did not compute yet is computed first, and what it keeps
+    is used up. Two steps a block, from the last to the first: its activations once more, and back
+    through it. In the end `grad` [T, H] is the gradient of x, in the span's dtype, and
+    `tuning_grads` has the gradients of the tuning's tensors for these blocks, float32, by the names
     of `Tuning.named`.
     """
 
-    def __init__(
-        self,
-        span: Span,
-        start: int,
-        end: int,
-        x: Tensor,
-        lengths: Sequence[int],
-        tuning: Tuning,
-        grad: Tensor,
-    ) -> None:
-        leaves = tuning.within(start, end).leaves(span.device)
-        self._blocks = _Blocks(span, start, end, x, lengths, leaves)
-        if grad.shape != x.shape:
+    def __init__(self, forward: ForwardPass, grad: Tensor) -> None:
+        if forward.kept is None or grad.shape != forward.output.shape:
             raise LocalProtocolError(
-                f"A gradient of shape {list(grad.shape)} does not fit {list(x.shape)}."
+                f"A gradient of shape {list(grad.shape)} does not fit a forward pass of "
+                f"{list(forward.output.shape)} that {'forgot' if forward.kept is None else 'kept'} "
+                "the way."
             )
-        self._named = list(leaves.named())
-        self._inputs = [self._blocks.place(x)]
-        """Of the blocks that the gradient has not passed, and of the next to compute again."""
-        self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._computed, self._kept = start, end - start
-        self.grad = self._blocks.place(grad)
+        self._forward, self._kept = forward, forward.kept
+        self._named = list(forward.blocks.tuning.named())
+        self.grad = forward.blocks.place(grad)
         self.tuning_grads: dict[str, Tensor] = {}
 
     @property
     def steps_left(self) -> int:
-        """Blocks to compute (again), and graphs to go through."""
-        whole = 2 * (self._blocks.end - self._computed) + len(self._graphs)
-        dropped = len(self._inputs) - 1 - len(self._graphs)
-        return whole + 2 * dropped
+        """Blocks to compute, to compute again, and to go back through."""
+        restored = bool(self._kept) and self._kept[-1].restored
+        ahead = self._forward.steps_left
+        return ahead + 2 * (ahead + len(self._kept)) - restored
 
     def step(self) -> None:
-        """Compute one block again, or go back through one."""
-        if self._computed < self._blocks.end:
-            self._compute()
-            return
-        index = self._blocks.start + len(self._inputs) - 2
-        if index in self._graphs:
-            self._go_back(index)
+        """Compute one block (again), or go back through one."""
+        if self._forward.steps_left:
+            self._forward.step()
+        elif not self._kept[-1].restored:
+            self._kept[-1].restore()
         else:
-            self._graphs[index] = self._graph(index)
+            self._go_back()
 
-    def _compute(self) -> None:
-        """Compute the next block; the first shows how many graphs can be kept, of the last."""
-        index = self._computed
-        first = index == self._blocks.start
-        with _Saved() if first else nullcontext() as saved:
-            kept = first or self._blocks.end - index <= self._kept
-            x, y = self._graph(index) if kept else self._plain(index)
-        if saved is not None:
-            self._kept = max(1, MAX_GRAPH_BYTES // max(1, saved.nbytes))
-        if self._blocks.end - index <= self._kept:
-            self._graphs[index] = (x, y)
-        self._inputs.append(y.detach())
-        self._computed += 1
-
-    def _graph(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return a block's input, which is a leaf, and its output with a graph."""
-        with torch.enable_grad():
-            x = self._inputs[index - self._blocks.start].detach().requires_grad_()
-            return x, self._blocks.run(index, x)
-
-    def _plain(self, index: int) -> tuple[Tensor, Tensor]:
-        x = self._inputs[index - self._blocks.start]
-        with torch.no_grad():
-            return x, self._blocks.run(index, x)
-
-    def _go_back(self, index: int) -> None:
-        x, y = self._graphs.pop(index)
-        self._inputs.pop()
+    def _go_back(self) -> None:
+        one = self._kept.pop()
+        index = self._forward.blocks.start + len(self._kept)
         own = [(name, leaf) for name, leaf in self._named if name.startswith(f"{index}.")]
-        wanted = [x, *(leaf for _, leaf in own)]
-        self.grad, *grads = torch.autograd.grad(y, wanted, self.grad, materialize_grads=True)
+        wanted = [one.x, *(leaf for _, leaf in own)]
+        self.grad, *grads = torch.autograd.grad(one.y, wanted, self.grad, materialize_grads=True)
         self.tuning_grads |= {name: g for (name, _), g in zip(own, grads, strict=True)}
 
 
+class _Checkpoint:
+    """A function's leaf `x` and output `y`, with a graph whose activations are computed when they
+    are needed.
+
+    As in `torch.utils.checkpoint`, which does so in the midst of going back: here it is a step of
+    its own, so that others wait for less.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self._run = run
+        self._saved = saved = _Saved()  # the graph holds it: it may not hold the graph
+        self.x = x.detach().requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved.drop, saved.get)
+        with torch.enable_grad(), hooks:
+            self.y = run(self.x)
+        self.nodes = _nodes(self.y)
+
+    @property
+    def restored(self) -> bool:
+        """Whether the graph can be gone through."""
+        return len(self._saved.tensors) == self._saved.count
+
+    def restore(self) -> None:
+        """Run the function again, up to the last activation that the graph needs."""
+        saved = self._saved
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved.take, saved.get)
+        try:
+            with torch.enable_grad(), hooks:
+                self._run(self.x.detach().requires_grad_())
+        except _AllTaken:
+            return
+        raise LocalProtocolError("A block computed something else the second time.")
+
+
+def _nodes(y: Tensor) -> int:
+    """How many nodes the graph of a tensor has."""
+    seen = {y.grad_fn}
+    ahead = [y.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        new = {after for after, _ in node.next_functions} - seen if node is not None else set()
+        seen |= new
+        ahead += new
+    return len(seen)
+
+
 class _Saved:
-    """Counts the bytes of what a graph keeps, weights left out."""
+    """What a graph saved, in order: counted first, and kept when it comes again."""
 
     def __init__(self) -> None:
-        self.nbytes = 0
-        self._seen: set[int] = set()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda one: one)
+        self.count = 0
+        self.tensors: list[Tensor] = []
 
-    def __enter__(self) -> _Saved:
-        self._hooks.__enter__()
-        return self
+    def drop(self, tensor: Tensor) -> int:
+        """Only count it."""
+        self.count += 1
+        return self.count - 1
 
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
+    def take(self, tensor: Tensor) -> int:
+        """Keep it, without the graph that it came from. Raises `_AllTaken` with the last one."""
+        self.tensors.append(tensor.detach())
+        if len(self.tensors) == self.count:
+            raise _AllTaken
+        return len(self.tensors) - 1
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.requires_grad and storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.nbytes += storage.nbytes()
-        return tensor.detach()  # itself, it would keep the graph alive that keeps it
+    def get(self, number: int) -> Tensor:
+        """Return what was taken."""
+        return self.tensors[number]
+
+
+class _AllTaken(Exception):
+    """Nothing that is still to be computed is needed."""
 
 
 class _Blocks:
@@ -184,10 +221,14 @@ class _Blocks:
         if not fits or min(lengths, default=0) < 1:
             raise LocalProtocolError(f"A batch of shape {list(x.shape)} does not fit its rows.")
         self.start, self.end, self._span = start, end, span
-        tuning = tuning.map(lambda tensor: tensor.to(span.device))
-        rows = [WholeRow(n, tuning) for n in lengths]
-        self._batch = RaggedBatch(rows, span.dtype, span.device)
-        self._tuned = TunedRows(rows)
+        self.tuning = tuning.map(lambda tensor: tensor.to(span.device))
+        self._rows = [WholeRow(n, self.tuning) for n in lengths]
+        self._tuned = TunedRows(self._rows)
+        self.rest()
+
+    def rest(self) -> None:
+        """Let go of what blocks share in a pass: a mask is as long as a row, squared."""
+        self._batch = RaggedBatch(self._rows, self._span.dtype, self._span.device)
 
     def place(self, x: Tensor) -> Tensor:
         """Return a tensor of the caller's as the span takes it; autograd can save it."""

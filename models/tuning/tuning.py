@@ -64,10 +64,8 @@ class Tuning:
         return self.map(lambda tensor: tensor.to(device, dtype))
 
     def leaves(self, device: torch.device) -> Tuning:
-        """Return float32 copies to take gradients of; they know nothing of these tensors."""
-        return self.map(
-            lambda tensor: tensor.detach().to(device, torch.float32, copy=True).requires_grad_()
-        )
+        """Return float32 tensors to take gradients of: views of these where they are that."""
+        return self.map(lambda tensor: tensor.detach().to(device, torch.float32).requires_grad_())
 
     @property
     def nbytes(self) -> int:

@@ -1,30 +1,27 @@
-"""One client's training through this node's blocks: jobs come, results go, nothing is kept."""
+"""One client's training through this node's blocks: jobs come, and results go."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 import trio
 
 from petalnode.compute import Compute, Load
 from petalnode.errors import LocalProtocolError, UsageError
-from petalnode.models.span import Span
-from petalnode.models.training import BackwardPass, ForwardPass
+from petalnode.models.training import ForwardPass
 from petalnode.models.tuning.check import check_tuning
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.nurseries import plain_errors
 from petalnode.p2p.frames import Frame, FrameStream
 from petalnode.protocol import MAX_ITEM_BYTES, MAX_SEQ, BadMessage, whole
-from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
+from petalnode.serving.kept import KeptPasses
 from petalnode.serving.rows import Refusal
-from petalnode.serving.session_tuning import MAX_SESSION_TUNING_BYTES
-from petalnode.tensor_frames import TensorCollector, pack_tensors
+from petalnode.serving.session_tuning import TuningBudget
+from petalnode.serving.train_jobs import JobSteps, Tensors
+from petalnode.tensor_frames import TensorCollector, TooLarge, pack_tensors
 from petalnode.training.protocol import (
     ANSWERS,
-    INPUTS,
     KINDS,
     MAX_FRAME_BYTES,
     MAX_QUEUED,
@@ -35,8 +32,6 @@ from petalnode.training.protocol import (
 from petalnode.tuning_wire import Collector
 
 ALIVE_S = 2.0
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 class Room:
@@ -71,14 +66,16 @@ class TrainSession:
         compute: Compute,
         *,
         max_tokens: int,
-        tunings: KvBudget,
+        tunings: TuningBudget,
+        kept: KeptPasses,
         room: Room,
     ) -> None:
         self.client = stream.peer_id
         self._opened, self._stream, self._max_tokens = opened, stream, max_tokens
         self._engine, self._compute, self._room = engine, compute, room
         self._config = engine.span.config
-        self._tuning = _Held(opened, tunings)
+        self._kept = kept
+        self._tuning = _Held(opened, self.client, tunings)
         self._slots = trio.Semaphore(MAX_QUEUED)
         self._jobs = 0
         self._held = 0
@@ -97,6 +94,7 @@ class TrainSession:
                     nursery.cancel_scope.cancel()
         finally:
             self._stream.reset()
+            self._kept.forget(self)
             self._tuning.forget()
             self._room.give(self._held)
 
@@ -143,6 +141,7 @@ class TrainSession:
         version = whole(frame.header.get("version"), 1, MAX_SEQ)
         while self._jobs:
             await self._idle.wait()
+        self._kept.forget(self)
         self._tuning.begin(version, self._config)
         while not self._tuning.take(frame):
             frame = await self._rest(frame)
@@ -155,12 +154,13 @@ class TrainSession:
         """What came, checked, on the span's device. Runs in the worker thread."""
         tuning = self._tuning.tuning
         check_tuning(self._config, self._opened.start, self._opened.end, tuning)
-        return tuning.map(lambda tensor: tensor.to(self._engine.span.device))
+        # Copied: what came are views of whole frames, which these would keep in memory.
+        return tuning.map(lambda tensor: tensor.to(self._engine.span.device, copy=True))
 
     async def _take_job(self, frame: Frame, nursery: trio.Nursery) -> None:
         job = Job.parse(frame.header, self._opened, self._max_tokens, self._config.max_positions)
         shape = (job.tokens, self._config.hidden_size)
-        names = INPUTS[job.kind]
+        names = job.inputs
         size = len(names) * shape[0] * shape[1] * MAX_ITEM_BYTES
         await self._room.take(size)
         self._held += size
@@ -199,26 +199,40 @@ class TrainSession:
         if self._draining:
             raise Refusal("draining", "this node is about to leave")
         tuning = self._tuning.of(job)
-        await self._compute.run(lambda: check_finite(job, inputs))
-        if job.kind == "forward":
-            load = Load(1, job.tokens)
-            forward = await self._engine.train(lambda s: forward_pass(s, job, inputs, tuning), load)
-            assert isinstance(forward, ForwardPass)
-            results = {"x": forward.output}
-        else:
-            load = Load(1, job.tokens + job.tokens // 2)  # once more forward, twice as much back
-            back = await self._engine.train(lambda s: backward_pass(s, job, inputs, tuning), load)
-            assert isinstance(back, BackwardPass)
-            results = {"x": back.grad, **back.tuning_grads}
-        return await self._compute.run(lambda: checked_results(job, results))
+        if job.of:
+            return await self._go_back(job, inputs, tuning)
+        steps = await self._train(job, inputs, tuning)
+        if job.keep:
+            self._kept.put(self, job, steps.forward, steps.forward.nbytes)
+        return steps.results
+
+    async def _go_back(self, job: Job, inputs: Tensors, tuning: Tuning) -> Tensors:
+        """What a backward job gives that goes back through what is kept."""
+        kept = self._kept.take(self, job)
+        if kept is None:
+            raise Refusal("forgotten", f"nothing is kept of job {job.of}")
+        try:
+            return (await self._train(job, inputs, tuning, kept.forward)).results
+        finally:
+            self._kept.give_back(self, kept)
+
+    async def _train(
+        self, job: Job, inputs: Tensors, tuning: Tuning, forward: ForwardPass | None = None
+    ) -> JobSteps:
+        load = Load(1, job.tokens)
+        steps = await self._engine.train(lambda s: JobSteps(s, job, inputs, tuning, forward), load)
+        assert isinstance(steps, JobSteps)
+        if steps.refusal is not None:
+            raise steps.refusal
+        return steps
 
 
 class _Held:
     """The tuning that a session added, and what it is charged."""
 
-    def __init__(self, opened: OpenTraining, budget: KvBudget) -> None:
+    def __init__(self, opened: OpenTraining, client: str, budget: TuningBudget) -> None:
         self.tuning: Tuning = NOTHING
-        self._opened, self._budget = opened, budget
+        self._opened, self._client, self._budget = opened, client, budget
         self._version = 0
         self._bytes = 0
         self._refusal: Refusal | None = None
@@ -229,22 +243,26 @@ class _Held:
         self.forget()
         start, end = self._opened.start, self._opened.end
         self._version, self._refusal = version, None
-        self._collector = Collector(config, start, end, MAX_SESSION_TUNING_BYTES)
+        self._collector = Collector(config, start, end, self._budget.session_size)
 
     def take(self, frame: Frame) -> bool:
         """Take a frame; whether it was the last one. Raises ``BadMessage``."""
-        wanted = self._bytes + sum(tensor.nbytes for tensor in frame.tensors)
-        if self._refusal is None and not self._budget.resize(self._bytes, wanted):
-            self.refuse(Refusal("busy", "there is no room for another adapter"))
-        if self._refusal is not None:
-            return frame.header.get("last") is True
-        assert self._collector is not None
-        self._bytes = wanted
-        taken = self._collector.take(frame)
-        if taken is None:
-            return False
-        self.tuning, self._collector = taken, None
-        return True
+        if self._collector is not None:
+            try:
+                self._keep(self._collector, frame)
+            except Refusal as refusal:
+                self.refuse(refusal)
+        return frame.header.get("last") is True
+
+    def _keep(self, collector: Collector, frame: Frame) -> None:
+        try:
+            taken = collector.take(frame)
+        except TooLarge:
+            raise Refusal("tuning", "it is larger than what a session may add here") from None
+        self._budget.charge(self._client, self._bytes, collector.nbytes)
+        self._bytes = collector.nbytes
+        if taken is not None:
+            self.tuning, self._collector = taken, None
 
     def refuse(self, refusal: Refusal) -> None:
         """It cannot be kept: jobs that need it are told."""
@@ -264,35 +282,5 @@ class _Held:
     def forget(self) -> None:
         """Free everything."""
         self.tuning, self._collector = NOTHING, None
-        self._budget.resize(self._bytes, 0)
+        self._budget.charge(self._client, self._bytes, 0)
         self._bytes = 0
-
-
-def forward_pass(span: Span, job: Job, inputs: Tensors, tuning: Tuning) -> ForwardPass:
-    """The job as steps. Runs in the worker thread."""
-    return ForwardPass(span, job.start, job.end, inputs["x"], job.lengths, tuning)
-
-
-def backward_pass(span: Span, job: Job, inputs: Tensors, tuning: Tuning) -> BackwardPass:
-    """The job as steps. Runs in the worker thread."""
-    x, grad = inputs["x"], inputs["g"]
-    return BackwardPass(span, job.start, job.end, x, job.lengths, tuning, grad)
-
-
-def check_finite(job: Job, inputs: Tensors) -> None:
-    """Raise ``Refusal`` that names what is NaN or infinite."""
-    names = {"x": "the hidden states", "g": "the gradient"}
-    for name, tensor in inputs.items():
-        if not bool(tensor.isfinite().all()):
-            what = f"{names[name]} for blocks {job.start}:{job.end}"
-            raise Refusal("numbers", f"{what} hold numbers that are not finite")
-
-
-def checked_results(job: Job, results: Tensors) -> Tensors:
-    """They, on the CPU. Raises ``Refusal`` where the computation left what numbers can hold."""
-    for tensor in results.values():
-        if not bool(tensor.isfinite().all()):
-            went = "forward" if job.kind == "forward" else "backward"
-            why = f"{went} through blocks {job.start}:{job.end} the numbers become infinite or NaN"
-            raise Refusal("numbers", why)
-    return {name: tensor.detach().cpu() for name, tensor in results.items()}

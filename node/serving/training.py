@@ -17,11 +17,11 @@ from petalnode.compute import Compute
 from petalnode.errors import PeerError
 from petalnode.p2p.frames import Frame, FrameStream
 from petalnode.protocol import BadMessage, refusal_wire
-from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
+from petalnode.serving.kept import KeptPasses
 from petalnode.serving.rows import Refusal
 from petalnode.serving.server import TELL_DEADLINE_S, welcome
-from petalnode.serving.session_tuning import MAX_SESSION_TUNING_BYTES, tuning_budget
+from petalnode.serving.session_tuning import TuningBudget
 from petalnode.serving.train_session import Room, TrainSession
 from petalnode.training.protocol import MAX_FRAME_BYTES, OpenTraining
 
@@ -34,7 +34,9 @@ MAX_HELD_BYTES = 1 << 29
 class TrainServer:
     """The training sessions of one node. ``handle`` is the handler of ``TRAIN_PROTOCOL``.
 
-    A job may have ``max_tokens`` tokens. While the node ``is_draining`` it takes no new sessions.
+    A job may have ``max_tokens`` tokens; ``tunings`` and ``kept`` are the node's room for what
+    clients add to the blocks, and for passes whose backward may come. While the node
+    ``is_draining`` it takes no new sessions.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class TrainServer:
         fingerprint: str,
         max_tokens: int,
         is_draining: Callable[[], bool],
+        tunings: TuningBudget,
+        kept: KeptPasses,
     ) -> None:
         self._engine, self._compute = engine, compute
         self._fingerprint, self._max_tokens = fingerprint, max_tokens
         self._is_draining = is_draining
-        self._tunings: KvBudget = tuning_budget()
+        self._tunings, self._kept = tunings, kept
         self._room = Room(MAX_HELD_BYTES)
         self._sessions: list[TrainSession] = []
         self._ended = trio.Event()
@@ -58,11 +62,6 @@ class TrainServer:
     def sessions(self) -> int:
         """Open sessions."""
         return len(self._sessions)
-
-    @property
-    def tuning_bytes(self) -> int:
-        """What all sessions together have added to the blocks."""
-        return self._tunings.used
 
     async def drain(self) -> None:
         """Tell the clients to go elsewhere; jobs that are here are computed."""
@@ -100,11 +99,12 @@ class TrainServer:
             self._compute,
             max_tokens=self._max_tokens,
             tunings=self._tunings,
+            kept=self._kept,
             room=self._room,
         )
         self._sessions.append(session)
         try:
-            limits = {"max_tokens": self._max_tokens, "max_tuning": MAX_SESSION_TUNING_BYTES}
+            limits = {"max_tokens": self._max_tokens, "max_tuning": self._tunings.session_size}
             await stream.send({"type": "opened", **limits})
             await session.serve()
         finally:

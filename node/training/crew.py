@@ -16,7 +16,7 @@ import torch
 import trio
 
 from petalnode.errors import NoRoute, PeerError, PeerRefused, UsageError
-from petalnode.events import Report, Waiting
+from petalnode.events import HopLost, Report, Waiting
 from petalnode.routing.speeds import SpeedLedger
 from petalnode.session.line import misbehaved
 from petalnode.training.line import Added, Tensors, TrainLine
@@ -29,10 +29,12 @@ WAIT_S = 100.0
 LOOK_AGAIN_S = 1.0
 AVOID_S = 5.0
 """A peer that refused or failed is not asked again for so long."""
+FORGOTTEN = "forgotten"
+"""A hop's refusal to go back a way that it did not keep: it is sent the input then."""
 FINAL = frozenset({"protocol", "model", "tuning", "tokens", "numbers", "version"})
 """Refusals that waiting does not mend."""
-BACKWARD_COST = 3.0
-"""A backward pass in forward passes: one again, and twice the products."""
+BACKWARD_COST = 2.0
+"""A backward pass in forward passes: one again, and as many products back."""
 
 
 class Call(Protocol):
@@ -46,16 +48,33 @@ class Call(Protocol):
     """By whom this is not taken, for reasons that waiting does not mend."""
 
 
+@dataclass(eq=False)
+class Held:
+    """A hop that may have kept what a backward pass through its forward ``job`` needs."""
+
+    line: TrainLine
+    job: int
+
+    def job_of(self, line: TrainLine) -> int:
+        """The job's id if that is the hop, else 0; once, because the hop uses it up."""
+        job = self.job if line is self.line else 0
+        self.job = 0
+        return job
+
+
 @dataclass(frozen=True, eq=False)
 class Work:
     """A micro-batch of rows with these ``lengths``: forward through the first stage of ``span``, or
-    backward through all of it at once."""
+    backward through all of it at once. ``keep``: it goes back later; ``held``: by whom it was kept.
+    """
 
     kind: Kind
     span: Stage
     lengths: tuple[int, ...]
     inputs: Tensors
     call: Call
+    keep: bool = False
+    held: Held | None = None
 
     @property
     def tokens(self) -> int:
@@ -66,6 +85,15 @@ class Work:
     def whole(self) -> bool:
         """Whether it goes through the span at once."""
         return self.kind == "backward"
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """What came of work: tensors, the block after the last one it went through, who kept it."""
+
+    tensors: dict[str, torch.Tensor]
+    end: int
+    held: Held
 
 
 class _Patience:
@@ -120,47 +148,59 @@ class Crew:
         except NoRoute:
             return set()  # who works through them will wait, and say why
 
-    async def do(self, work: Work) -> tuple[dict[str, torch.Tensor], int]:
-        """The answer, and the block after the last one that it went through.
+    async def do(self, work: Work) -> Done:
+        """Have it done.
 
         Waits for peers, with a reason. Raises ``NoRoute`` if nobody takes it, ``UsageError`` for
         numbers that the blocks cannot compute with, ``NobodyHoldsAll``.
         """
-        patience = _Patience()
+        patience, held = _Patience(), work.held
         while True:
-            choice = await self._choose(work, patience)
+            choice = await self._choose(work, held, patience)
             try:
-                return await self._give(work, choice), choice.end
+                return await self._give(work, choice, held)
             except PeerError as error:
-                self._failed(choice.offer.peer_id, error, work.call)
+                if held is None or code_of(error) != FORGOTTEN:
+                    self._failed(choice.offer.peer_id, error, work.call)
                 if patience.left() <= 0:
                     raise
+            held = None
 
     def close(self) -> None:
         """Let all hops forget us."""
         for line in self._lines.values():
             line.lose(PeerRefused("The session was closed.", "", line.peer_id, "closed"))
 
-    async def _give(self, work: Work, choice: Choice) -> dict[str, torch.Tensor]:
+    async def _give(self, work: Work, choice: Choice, held: Held | None) -> Done:
         offer, stage = choice.offer, (work.span[0], choice.end)
         cost_s = offer.seconds(stage, work.tokens)
         self._busy_s[offer.peer_id] = self._busy_s.get(offer.peer_id, 0.0) + cost_s
         self._jobs[offer.peer_id] += 1
         try:
             line = await self._line(offer)
-            answer, busy_s = await line.ask(
-                work.kind, stage, work.lengths, work.inputs, work.call.added
+            of = 0 if held is None else held.job_of(line)
+            answer = await line.ask(
+                work.kind,
+                stage,
+                work.lengths,
+                work.inputs,
+                work.call.added,
+                keep=work.keep,
+                of=of,
             )
-            check_answer(offer.peer_id, work, stage, answer)
+            check_answer(offer.peer_id, work, stage, answer.tensors)
         finally:
             self._jobs[offer.peer_id] -= 1
             self._busy_s[offer.peer_id] -= cost_s
             self._wake()
+        self._measure(offer.peer_id, work, stage, answer.busy_s)
+        return Done(answer.tensors, choice.end, Held(line, answer.job))
+
+    def _measure(self, peer_id: str, work: Work, stage: Stage, busy_s: float) -> None:
         each_s = busy_s / work.tokens
         blocks, now = stage[1] - stage[0], trio.current_time()
-        self._speeds[work.kind].observe(offer.peer_id, each_s / blocks, now)
-        self._peers.worked(offer.peer_id, blocks, each_s, work.kind)
-        return answer
+        self._speeds[work.kind].observe(peer_id, each_s / blocks, now)
+        self._peers.worked(peer_id, blocks, each_s, work.kind)
 
     async def _line(self, offer: Offer) -> TrainLine:
         async with self._opening.setdefault(offer.peer_id, trio.Lock()):
@@ -170,15 +210,22 @@ class Crew:
                     raise self._avoided[offer.peer_id][1]
                 line = await self._open_line(offer)
                 self._lines[offer.peer_id] = line
-                self._nursery.start_soon(line.run)
+                self._nursery.start_soon(self._run, line)
             return line
 
-    async def _choose(self, work: Work, patience: _Patience) -> Choice:
+    async def _run(self, line: TrainLine) -> None:
+        """A hop, until it is lost; the user is told, unless that is how it should end."""
+        await line.run()
+        if line.lost is not None and code_of(line.lost) not in ("draining", "closed"):
+            self._report(HopLost(line.peer_id, (line.start, line.end), line.lost.cause))
+
+    async def _choose(self, work: Work, held: Held | None, patience: _Patience) -> Choice:
         """Who computes the next stage, once that peer has room for more."""
         while True:
             changed, offers = self._changed, self._offers(work)
             try:
-                choice = self._soonest(work, offers) or self._replan(work, offers)
+                choice = self._holder(work, held, offers) or self._soonest(work, offers)
+                choice = choice or self._replan(work, offers)
                 if self._jobs[choice.offer.peer_id] < MAX_QUEUED:
                     return choice
             except NoRoute as none:
@@ -190,6 +237,13 @@ class Crew:
                     self._report(Waiting(none.cause, left))
             with trio.move_on_after(LOOK_AGAIN_S):
                 await self._news(changed)
+
+    def _holder(self, work: Work, held: Held | None, offers: Sequence[Offer]) -> Choice | None:
+        """Whoever kept the way back: nobody else has as little to do, or needs as little sent."""
+        if held is None or held.line.lost is not None:
+            return None
+        there = (offer for offer in offers if self._lines.get(offer.peer_id) is held.line)
+        return next((Choice(offer, work.span[1]) for offer in there), None)
 
     def _soonest(self, work: Work, offers: Sequence[Offer]) -> Choice | None:
         stages = {work.span} if work.whole else work.call.stages
@@ -280,6 +334,11 @@ def refusal_of(block: int, errors: Sequence[PeerRefused]) -> Exception:
         "Ask for less (a lower rank, shorter rows), or start a node for these blocks.",
         (block,),
     )
+
+
+def code_of(error: PeerError) -> str:
+    """Why a peer refused, or nothing."""
+    return error.code if isinstance(error, PeerRefused) else ""
 
 
 def check_answer(peer_id: str, work: Work, stage: Stage, answer: Tensors) -> None:

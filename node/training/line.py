@@ -44,6 +44,8 @@ but a frame may take its time on a slow link."""
 STUCK_S = 300.0
 """So is one that lives and computes nothing for anybody: no step of one block takes so long."""
 LOOK_S = 1.0
+WITHOUT_TUNING = frozenset({"tuning", "busy", "version"})
+"""Refusals of a hop that does not have the tuning which a job needs."""
 MAX_TUNING = 1 << 40
 
 Tensors = Mapping[str, torch.Tensor]
@@ -75,6 +77,15 @@ class _Asked:
     sent_at: float | None = None
     error: PeerError | None = None
     answered: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a job, for how many seconds it kept the hop and the link busy, and its id."""
+
+    tensors: dict[str, torch.Tensor]
+    busy_s: float
+    job: int
 
 
 class TrainLine:
@@ -111,17 +122,21 @@ class TrainLine:
         lengths: tuple[int, ...],
         inputs: Tensors,
         added: Added,
-    ) -> tuple[dict[str, torch.Tensor], float]:
-        """The answer's tensors, and for how many seconds this job kept the hop and the link busy.
+        *,
+        keep: bool = False,
+        of: int = 0,
+    ) -> Answer:
+        """Send a job and wait for what comes of it; ``keep`` and ``of`` are those of ``Job``.
 
         Raises ``PeerError``: the hop refused the job (``PeerRefused``) or is lost.
         """
         if self.lost is not None:
             raise self.lost
         self._count += 1
-        job = Job(kind, self._count, *stage, lengths, added.version)
+        job = Job(kind, self._count, *stage, lengths, added.version, keep, of)
         self._check(job, added.tuning)
-        asked = _Asked(job, inputs, added, answer_collector(inputs, added.tuning.within(*stage)))
+        sent = {name: inputs[name] for name in job.inputs}
+        asked = _Asked(job, sent, added, answer_collector(sent, added.tuning.within(*stage)))
         self._asked[job.id] = asked
         self._queue.append(asked)
         self._queued.set()
@@ -135,7 +150,7 @@ class TrainLine:
         assert asked.sent_at is not None
         busy_s = trio.current_time() - max(asked.sent_at, self.answered_at)
         self.answered_at = trio.current_time()
-        return asked.collector.tensors, busy_s
+        return Answer(asked.collector.tensors, busy_s, job.id)
 
     def lose(self, error: PeerError) -> None:
         """Give the hop up; whoever waits is told. The first reason stays."""
@@ -231,8 +246,8 @@ class TrainLine:
         if kind == "error":
             why, code = words(frame.header, "why"), words(frame.header, "code")
             asked.error = PeerRefused(f"Peer {self.peer_id}: {why}.", "", self.peer_id, code)
-            if asked.added.version == self._version:
-                self._version = 0  # it may not have it: whoever asks again brings it along
+            if code in WITHOUT_TUNING and asked.added.version == self._version:
+                self._version = 0  # whoever asks again brings it along
         elif kind != ANSWERS[asked.job.kind]:
             raise BadMessage("an answer to another question")
         elif not asked.collector.add(frame):
@@ -244,7 +259,7 @@ class TrainLine:
 def answer_collector(inputs: Tensors, tuning: Tuning) -> TensorCollector:
     """For what may come back: a tensor like x, and a gradient for each matrix."""
     named = dict(tuning.named())
-    numbers = inputs["x"].numel() + sum(tensor.numel() for tensor in named.values())
+    numbers = next(iter(inputs.values())).numel() + sum(tensor.numel() for tensor in named.values())
     return TensorCollector(numbers * MAX_ITEM_BYTES, 1 + len(named))
 
 

@@ -6,7 +6,7 @@
         blocks(hidden, attention_mask).square().mean().backward()   # gradients in lora's .grad
 
 Padding never leaves the client: it is cut away before, and its outputs are zeros. The hops keep no
-graph; what backward needs is the record of the forward, the client's own activations between hops.
+activations; what backward needs is the record of the forward, the inputs of the hops.
 autograd holds it, and frees it as it frees the tensors of local layers. Second derivatives there
 are none. B rows of T columns, H hidden size, P prompt tokens, N tokens of all rows without padding.
 """
@@ -45,8 +45,10 @@ class Training(Protocol):
         *,
         tuning: Tuning = ...,
         keep_blocks: bool = ...,
+        backward: bool = ...,
     ) -> tuple[Tensor, Any]:
-        """Outputs [N, H] of rows one after the other, and the record that backward needs."""
+        """Outputs [N, H] of rows one after the other, and the record that backward needs, where
+        one follows."""
 
     async def backward(self, record: Any, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients [N, H] of the inputs, and of the tuning's tensors by name."""
@@ -198,7 +200,7 @@ class RemoteBlocks(nn.Module):
         if torch.is_grad_enabled() and any(o.requires_grad for o in (packed, *named.values())):
             output = _Through.apply(call, packed, *named.values())  # type: ignore[no-untyped-call]
         else:
-            output = call.forward(packed)[0]
+            output = call.forward(packed, backward=False)[0]
         if collect is not None:
             collect += [unpack(one.to(packed), index, hidden) for one in call.blocks]
         return unpack(output, index, hidden)
@@ -233,12 +235,16 @@ class _Call:
         self._opened, self._lengths, self._tuning = opened, lengths, tuning
         self._keep_blocks = keep_blocks
 
-    def forward(self, packed: Tensor) -> tuple[Tensor, Any]:
+    def forward(self, packed: Tensor, *, backward: bool) -> tuple[Tensor, Any]:
         session: Training = self._opened.held.value
 
         async def forward() -> tuple[Tensor, Any]:
             return await session.forward(
-                packed.detach(), self._lengths, tuning=self._tuning, keep_blocks=self._keep_blocks
+                packed.detach(),
+                self._lengths,
+                tuning=self._tuning,
+                keep_blocks=self._keep_blocks,
+                backward=backward,
             )
 
         output, record = self._opened.held.run(forward)
@@ -256,7 +262,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, packed: Tensor, *tensors: Tensor) -> Tensor:
-        output, record = call.forward(packed)
+        output, record = call.forward(packed, backward=True)
         ctx.call = call
         ctx.like = [one.new_empty(0) for one in (packed, *tensors)]
         # autograd frees what it saved when backward is done with it; the record goes with it.
@@ -287,6 +293,7 @@ class _Through(torch.autograd.Function):
 def pack(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, list[int]]:
     """Return the tokens [N, H] of ``hidden`` [B, T, H] that are no padding, where they were, and
     how many each row has (rows that have none are left out)."""
+    check_tensor("The input", hidden)
     if hidden.ndim != 3 or not hidden.numel():
         raise UsageError(
             f"Hidden states of shape {tuple(hidden.shape)} are no rows of tokens.",
@@ -313,8 +320,18 @@ def unpack(packed: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
     return rows.index_copy(0, index, packed).reshape(like.shape)
 
 
+def check_tensor(what: str, given: object) -> None:
+    """Raise ``UsageError`` for lists and arrays."""
+    if not isinstance(given, Tensor):
+        raise UsageError(
+            f"{what} is a {type(given).__name__}, not a tensor.",
+            'Make tensors of it: a tokenizer does with return_tensors="pt".',
+        )
+
+
 def check_mask(mask: Tensor, batch: int, tokens: int) -> Tensor:
     """Return the attention mask as booleans [B, T]. Raises ``UsageError`` for another shape."""
+    check_tensor("The attention mask", mask)
     if tuple(mask.shape) != (batch, tokens):
         raise UsageError(
             f"An attention mask of shape {tuple(mask.shape)} does not fit {batch} rows of "
@@ -334,6 +351,8 @@ def _first_prompt(
     config: ModelConfig, tokens: int, start: Tensor | None, scale: float, seed: int
 ) -> Tensor:
     shape = (tokens, config.hidden_size)
+    if start is not None:
+        check_tensor("The beginning of a prompt", start)
     if start is not None and tuple(start.shape) != shape:
         raise UsageError(
             f"A prompt of shape {tuple(start.shape)} is not one of {shape}.",

@@ -4,24 +4,29 @@ A client opens one stream to every hop that it trains through, and keeps it as l
 
     client → hop   open(fingerprint, blocks)               → opened(max_tokens) | refused(code, why)
     client → hop   tuning(version)  + matrices             add these to the blocks from now on
-    client → hop   forward(id, blocks, lengths, version)   + x     → output(id) + x
-    client → hop   backward(id, blocks, lengths, version)  + x, g  → grads(id)  + x, tuning's names
+    client → hop   forward(id, blocks, lengths, version, keep)    + x  → output(id) + x
+    client → hop   backward(id, blocks, lengths, version, of)     + g  → grads(id)  + x and more
+    client → hop   backward(id, blocks, lengths, version, 0)   + x, g  → grads(id)  + x and more
     hop → client   error(id, code, why)                    that job came to nothing
     hop → client   alive(done)                             now and then; ``done`` grows with work
     hop → client   draining()                              it is about to leave: send no more jobs
 
-A hop keeps nothing between jobs but the tuning. A **job** is a micro-batch: whole rows from
-position 0 on, one behind the other and nothing padded: x [T, H], ``lengths`` [n0, n1, …] of sum T,
-through ``blocks`` [a, b) within those opened. Forward gives the output of block b - 1 and keeps no
-graph. Backward gets the same x and the gradient g [T, H] of that output, computes the blocks again,
-and gives the gradients of x and, in float32, of every matrix of the tuning for these blocks, under
-the names of ``Tuning.named()``. Weights never change.
+A **job** is a micro-batch: whole rows from position 0 on, one behind the other and nothing padded:
+x [T, H], ``lengths`` [n0, n1, …] of sum T, through ``blocks`` [a, b) within those opened. Forward
+gives the output of block b - 1. Backward gets the same x and the gradient g [T, H] of that output,
+computes the blocks again, and gives the gradients of x and, in float32, of every matrix of the
+tuning for these blocks, under the names of ``Tuning.named()``. Weights never change.
+
+Whoever has x can go back anywhere. A hop that went forward with ``keep`` may still have the inputs
+of its blocks, never their activations: ``backward`` with that job's id in ``of`` needs no x then,
+and no second forward pass. It may have forgotten them (``forgotten``): the next tuning, another
+session that needs the room, one use, end them.
 
 ``version`` is the client's count of its tunings and says which one a job is for: the last one sent,
 or 0 for none. One that a hop does not take (``tuning``, ``busy``) makes the jobs fail that need it.
 Messages with tensors are cut into frames by ``petalnode.tensor_frames``. A hop reads on while it
-has room for another job: who sends more waits. The client asks for no more than ``max_tokens`` a
-job, and breaks the protocol otherwise.
+has room for another job: who sends more waits. The client asks for no more than ``max_tokens`` and
+``MAX_ROWS`` a job, and breaks the protocol otherwise.
 """
 
 from __future__ import annotations
@@ -38,13 +43,14 @@ MAX_FRAME_BYTES = 1 << 20
 """Of tensors in a frame: small enough that what is said beside them does not wait long."""
 MAX_MICRO_TOKENS = 2048
 """The most tokens of a job that any hop takes: this bounds a step's time, and a graph's memory."""
+MAX_ROWS = 256
+"""Of a job: each row has nodes of its own in a graph."""
 MAX_QUEUED = 4
 """Jobs of one stream that a hop has at once."""
 
 Kind = Literal["forward", "backward"]
 KINDS: Mapping[str, Kind] = {"forward": "forward", "backward": "backward"}
 ANSWERS: Mapping[Kind, str] = {"forward": "output", "backward": "grads"}
-INPUTS: Mapping[Kind, tuple[str, ...]] = {"forward": ("x",), "backward": ("x", "g")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,10 @@ class OpenTraining:
 
 @dataclass(frozen=True)
 class Job:
-    """One micro-batch through blocks ``[start, end)``; its tensors come beside it."""
+    """One micro-batch through blocks ``[start, end)``; its tensors come beside it.
+
+    ``keep``: a backward job may follow. ``of``: it goes back through that forward job, or 0.
+    """
 
     kind: Kind
     id: int
@@ -75,11 +84,20 @@ class Job:
     end: int
     lengths: tuple[int, ...]
     version: int
+    keep: bool = False
+    of: int = 0
 
     @property
     def tokens(self) -> int:
         """T."""
         return sum(self.lengths)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The tensors [T, H] that come with it."""
+        if self.kind == "forward":
+            return ("x",)
+        return ("g",) if self.of else ("x", "g")
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -88,6 +106,7 @@ class Job:
             "blocks": [self.start, self.end],
             "lengths": list(self.lengths),
             "version": self.version,
+            **({"keep": self.keep} if self.kind == "forward" else {"of": self.of}),
         }
 
     @classmethod
@@ -96,15 +115,18 @@ class Job:
     ) -> Job:
         """A job within what was opened, of at most ``max_tokens`` tokens, or ``BadMessage``."""
         start, end = block_pair(header, opened.start, opened.end)
-        lengths = wholes(header.get("lengths"), max_tokens, max_positions)
+        lengths = wholes(header.get("lengths"), min(max_tokens, MAX_ROWS), max_positions)
         if not lengths or 0 in lengths or sum(lengths) > max_tokens:
             raise BadMessage(f"the rows of a job are none, empty, or over {max_tokens} tokens")
         kind = KINDS[text(header.get("type"))]
-        number, version = (
-            whole(header.get("id"), 1, MAX_SEQ),
-            whole(header.get("version"), 0, MAX_SEQ),
+        number, version, of = (
+            whole(header.get(name, 0), low, MAX_SEQ)
+            for name, low in (("id", 1), ("version", 0), ("of", 0))
         )
-        return cls(kind, number, start, end, lengths, version)
+        keep = header.get("keep", False)
+        if not isinstance(keep, bool) or (keep if kind == "backward" else of):
+            raise BadMessage("a forward job may keep its way, a backward job may go back one")
+        return cls(kind, number, start, end, lengths, version, keep, of)
 
 
 def block_pair(header: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:

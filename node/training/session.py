@@ -20,14 +20,12 @@ import trio
 
 from petalnode.compute import Compute
 from petalnode.errors import PeerRefused, UsageError
-from petalnode.models.client import ClientParts
 from petalnode.models.config import ModelConfig
-from petalnode.models.tokenizer import Tokenizer
 from petalnode.models.tuning.check import check_tuning
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.nurseries import plain_errors
 from petalnode.training.batches import Micro, OrderedSum, cut
-from petalnode.training.crew import Crew, NobodyHoldsAll, Work
+from petalnode.training.crew import Crew, Held, NobodyHoldsAll, Work
 from petalnode.training.line import Added
 from petalnode.training.protocol import MAX_MICRO_TOKENS
 from petalnode.training.spread import Stage
@@ -38,10 +36,11 @@ MAX_FLYING = 64
 
 @dataclass(frozen=True)
 class Passed:
-    """A stage that a micro-batch went through, and what it went in with: x [T, H]."""
+    """A stage that a micro-batch went through, what it went in with, x [T, H], and who kept it."""
 
     stage: Stage
     x: torch.Tensor
+    held: Held | None
 
 
 @dataclass(eq=False)
@@ -65,21 +64,19 @@ class Desk:
     """What of the node's own a training session works with."""
 
     config: ModelConfig
-    client: ClientParts
-    tokenizer: Tokenizer
     compute: Compute
 
 
 class TrainingSession:
     """Blocks ``[start, end)``. Made by ``Node.open_training``; any number of tasks may use it.
 
-    ``client``, ``tokenizer`` and ``compute`` are the node's: embeddings and head, and the thread
-    for what is computed here. No row may have more than ``max_row_tokens``.
+    ``compute`` is the node's thread, for what is computed here. No row may have more than
+    ``max_row_tokens``.
     """
 
     def __init__(self, desk: Desk, span: Stage, crew: Crew) -> None:
         self.start, self.end = span
-        self.client, self.tokenizer, self.compute = desk.client, desk.tokenizer, desk.compute
+        self.compute = desk.compute
         self.crew = crew
         self.max_row_tokens = min(MAX_MICRO_TOKENS, desk.config.max_positions)
         self._config = desk.config
@@ -93,18 +90,20 @@ class TrainingSession:
         tuning: Tuning = NOTHING,
         *,
         keep_blocks: bool = False,
+        backward: bool = True,
     ) -> tuple[torch.Tensor, Record]:
         """Outputs [T, H], on the CPU, for hidden states [T, H] of rows with these ``lengths``, one
         behind the other from position 0 on; and the record that ``backward`` takes.
 
-        With ``keep_blocks`` the record has the hidden states between all blocks. Waits for peers,
-        with a reason. Raises ``UsageError`` for what does not fit or is not finite, and ``NoRoute``
-        when nobody takes the work.
+        With ``keep_blocks`` the record has the hidden states between all blocks. Without
+        ``backward`` the hops are told that none will follow, which saves them memory. Waits for
+        peers, with a reason. Raises ``UsageError`` for what does not fit or is not finite, and
+        ``NoRoute`` when nobody takes the work.
         """
         self._check(hidden, lengths)
         batch = wire_copy(hidden)
         added = await self._snapshot(tuning)
-        call = _Call(added, len(batch), keep_blocks)
+        call = _Call(added, len(batch), keep_blocks, keep=backward)
         if not keep_blocks:
             call.stages |= self.crew.plan((self.start, self.end), len(batch))
         micros = cut(lengths)
@@ -146,10 +145,10 @@ class TrainingSession:
         at, last = span
         while at < last:
             until = at + 1 if call.keep_blocks else last
-            work = Work("forward", (at, until), micro.lengths, {"x": x}, call)
-            answer, end = await self.crew.do(work)
-            passed.append(Passed((at, end), x))
-            x, at = answer["x"], end
+            work = Work("forward", (at, until), micro.lengths, {"x": x}, call, keep=call.keep)
+            done = await self.crew.do(work)
+            passed.append(Passed((at, done.end), x, done.held if call.keep else None))
+            x, at = done.tensors["x"], done.end
         return passed, x
 
     async def _back(
@@ -160,15 +159,16 @@ class TrainingSession:
         grads: dict[str, torch.Tensor] = {}
         while stages:
             stage, x = stages[-1].stage, stages[-1].x
-            work = Work("backward", stage, micro.lengths, {"x": x, "g": g}, call)
+            inputs, held = {"x": x, "g": g}, stages[-1].held
+            work = Work("backward", stage, micro.lengths, inputs, call, held=held)
             try:
-                answer, _ = await self.crew.do(work)
+                done = await self.crew.do(work)
             except NobodyHoldsAll:
                 stages[-1:], _ = await self._through(stage, micro, x, call)
                 continue
             stages.pop()
-            g = answer.pop("x")
-            grads |= answer
+            g = done.tensors.pop("x")
+            grads |= done.tensors
         return g, grads
 
     async def _snapshot(self, tuning: Tuning) -> Added:
@@ -217,6 +217,8 @@ class _Call:
     added: Added
     tokens: int
     keep_blocks: bool = False
+    keep: bool = True
+    """For what goes forward: a backward pass will follow."""
     stages: set[Stage] = field(default_factory=set)
     refused: dict[str, PeerRefused] = field(default_factory=dict)
 

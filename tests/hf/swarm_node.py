@@ -37,7 +37,7 @@ class LocalTraining:
         self.span = load_block_span(checkpoint, 0, checkpoint.config.num_blocks, dtype="float32")
         self.backwards = 0
 
-    async def forward(self, hidden, lengths, *, tuning=NOTHING, keep_blocks=False):
+    async def forward(self, hidden, lengths, *, tuning=NOTHING, keep_blocks=False, backward=True):
         passing = ForwardPass(self.span, 0, self.span.end, hidden, lengths, tuning)
         states = [hidden]
         while passing.steps_left:
@@ -48,7 +48,7 @@ class LocalTraining:
     async def backward(self, record, grad):
         self.backwards += 1
         span, args = self.span, (record.x, record.lengths, record.tuning)
-        passing = BackwardPass(span, 0, span.end, *args, grad)
+        passing = BackwardPass(ForwardPass(span, 0, span.end, *args, keep=True), grad)
         while passing.steps_left:
             passing.step()
         return passing.grad, passing.tuning_grads
@@ -66,9 +66,11 @@ class SwarmNode:
             swarm.add(*hop)
 
     @asynccontextmanager
-    async def open_hidden(self, start, end, report, *, rows=1, tuning=NOTHING):
+    async def open_hidden(self, start, end, report, workload, *, rows=1, tuning=NOTHING, served=""):
         check_rows(rows)
-        async with self.swarm.chain(*self.hops, rows=rows, tuning=tuning) as chain:
+        self.asked = workload
+        added = {"tuning": tuning, "adapter": served}
+        async with self.swarm.chain(*self.hops, rows=rows, **added) as chain:
             yield HiddenSession(chain, torch.float32, self.checkpoint.config.max_positions)
 
     @asynccontextmanager

@@ -63,10 +63,23 @@ def backward(
     for span in spans[:-1]:
         inputs.append(forward([span], inputs[-1], lengths, tuning))
     for span, one in zip(reversed(spans), reversed(inputs), strict=True):
-        back = BackwardPass(span, span.start, span.end, one, lengths, tuning, grad)
+        back = backward_pass(span, span.start, span.end, one, lengths, tuning, grad)
         finish(back)
         grad, grads = back.grad, grads | back.tuning_grads
     return grad, grads
+
+
+def backward_pass(
+    span: Span,
+    start: int,
+    end: int,
+    x: Tensor,
+    lengths: Sequence[int],
+    tuning: Tuning,
+    grad: Tensor,
+) -> BackwardPass:
+    """Return the pass back through some blocks, of which none was computed yet."""
+    return BackwardPass(ForwardPass(span, start, end, x, lengths, tuning, keep=True), grad)
 
 
 def finish(one: ForwardPass | BackwardPass) -> None:

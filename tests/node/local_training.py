@@ -35,7 +35,12 @@ class LocalTraining:
         self._span = load_block_span(self.checkpoint, 0, self.checkpoint.config.num_blocks)
 
     async def forward(
-        self, hidden: Tensor, lengths: Sequence[int], *, tuning: Tuning = NOTHING
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        *,
+        tuning: Tuning = NOTHING,
+        backward: bool = True,
     ) -> tuple[Tensor, tuple]:
         """See ``Training``."""
         self.before("forward")
@@ -50,7 +55,8 @@ class LocalTraining:
         self.before("backward")
         await trio.lowlevel.checkpoint()
         assert not torch.is_inference(grad)
-        backward = BackwardPass(self._span, 0, self._span.end, *record, grad)
+        forward = ForwardPass(self._span, 0, self._span.end, *record, keep=True)
+        backward = BackwardPass(forward, grad)
         while backward.steps_left:
             backward.step()
         return backward.grad, backward.tuning_grads

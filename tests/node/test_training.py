@@ -93,14 +93,14 @@ async def test_leaving_makes_the_hops_forget(checkpoint, batch):
         async with swarm.training() as training:
             await both(training, batch)
             servers = [peer.server for peer in swarm.peers.values()]
-            assert [server.tuning_bytes for server in servers] == [
+            assert [server._tunings.used for server in servers] == [
                 tuning().within(*span[1:]).nbytes for span in CHAINS[2]
             ]
             assert [server.sessions for server in servers] == [1, 1]
         with trio.fail_after(1):
             for server in servers:
                 await server.wait_idle()
-        assert [(server.tuning_bytes, server._room.used) for server in servers] == [(0, 0)] * 2
+        assert [(server._tunings.used, server._room.used) for server in servers] == [(0, 0)] * 2
 
 
 async def test_a_tuning_goes_out_when_it_has_changed(checkpoint, batch):

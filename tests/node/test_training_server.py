@@ -7,8 +7,9 @@ import trio
 from petalnode.errors import NoRoute, PeerMisbehaved, UsageError
 from petalnode.models.tuning.tuning import BlockTuning, LowRank, Tuning
 from petalnode.p2p.memory import memory_frame_pair
-from petalnode.serving import train_session, training
-from petalnode.serving.budget import KvBudget
+from petalnode.serving import training
+from petalnode.serving.session_tuning import TuningBudget
+from petalnode.serving.train_session import TrainSession
 from petalnode.tensor_frames import TensorCollector, pack_tensors
 from petalnode.training import line
 from petalnode.training.protocol import MAX_FRAME_BYTES, MAX_QUEUED, Job, OpenTraining
@@ -87,7 +88,13 @@ async def test_sessions_that_are_refused(checkpoint, monkeypatch):
         (forward(), {"x": (3, HIDDEN), "g": (3, HIDDEN)}),
         (forward(), {}),
         ({**forward(), "type": "backward"}, {"x": (3, HIDDEN)}),
+        ({**forward(), "type": "backward", "of": 7}, {"x": (3, HIDDEN), "g": (3, HIDDEN)}),
+        ({**forward(), "type": "backward", "keep": True}, {"x": (3, HIDDEN), "g": (3, HIDDEN)}),
+        ({**forward(), "of": 7}, {"x": (3, HIDDEN)}),
+        ({**forward(), "keep": 1}, {"x": (3, HIDDEN)}),
+        ({**forward(), "type": "backward", "of": -1}, {"g": (3, HIDDEN)}),
         (forward(lengths=(2049,)), {"x": (2049, HIDDEN)}),
+        (forward(lengths=(1,) * 257), {"x": (257, HIDDEN)}),
         ({"type": "tuning", "version": 0}, {}),
         ({"type": "tuning", "version": 1}, {"7.prompt": (2, HIDDEN)}),
         ({"type": "tuning", "version": 1}, {"1.mlp.up_proj.a": (2, HIDDEN)}),
@@ -103,7 +110,7 @@ async def test_a_broken_protocol_ends_the_stream_and_nothing_else(checkpoint, he
         await good.say(forward(), x=numbers(3, HIDDEN))
         assert (await good.hear())["type"] == "output"
         server = swarm.peers["a"].server
-        assert (server.sessions, server._room.used, server.tuning_bytes) == (1, 0, 0)
+        assert (server.sessions, server._room.used, server._tunings.used) == (1, 0, 0)
 
 
 async def test_numbers_that_are_not_are_named(checkpoint):
@@ -138,7 +145,7 @@ async def test_a_tuning_that_does_not_fit_fails_those_who_need_it(checkpoint):
         answer = await talk.hear()
         assert (answer["id"], answer["code"]) == (1, "tuning")
         assert "self_attn.q_proj in block 1" in answer["why"]
-        assert swarm.peers["a"].server.tuning_bytes == 0
+        assert swarm.peers["a"].server._tunings.used == 0
         await talk.say(forward(2, version=2), x=x)
         assert (await talk.hear())["code"] == "version"
         await talk.say(forward(3), x=x)
@@ -149,7 +156,7 @@ async def test_the_nodes_room_for_tunings_is_shared(checkpoint, autojump_clock):
     size, x, said = tuning().nbytes, numbers(3, HIDDEN), []
     async with open_training_swarm(checkpoint, ALONE) as swarm:
         server = swarm.peers["a"].server
-        server._tunings = KvBudget(size + 10, 1)
+        server._tunings = TuningBudget(2 * size + 20)  # of which a peer gets half
         async with swarm.training(report=said.append) as two:
             async with swarm.training() as one:
                 await one.forward(x, [3], tuning())
@@ -158,13 +165,13 @@ async def test_the_nodes_room_for_tunings_is_shared(checkpoint, autojump_clock):
                 assert scope.cancelled_caught
                 assert said
                 await one.forward(x, [3], tuning(3))  # in the place of its own
-                assert server.tuning_bytes == size
+                assert server._tunings.used == size
             await two.forward(x, [3], tuning(2))  # as soon as the other has left
 
 
-async def test_a_tuning_over_the_limit_is_said_at_once(checkpoint, monkeypatch):
-    monkeypatch.setattr(training, "MAX_SESSION_TUNING_BYTES", 1000)
+async def test_a_tuning_over_the_limit_is_said_at_once(checkpoint):
     async with open_training_swarm(checkpoint, ALONE) as swarm, swarm.training() as session:
+        swarm.peers["a"].server._tunings = TuningBudget(2000)
         with pytest.raises(NoRoute, match=rf"adapter of {tuning().nbytes} bytes .* limit, 1000"):
             await session.forward(numbers(3, HIDDEN), [3], tuning())
         await session.forward(numbers(3, HIDDEN), [3])
@@ -186,7 +193,7 @@ async def test_numbers_that_leave_the_blocks_are_a_matter_of_the_client(checkpoi
 
 @pytest.mark.parametrize("damage", ["nan", "shape", "names"])
 async def test_a_hop_that_lies_is_passed_over(checkpoint, monkeypatch, damage):
-    true, x = train_session.checked_results, numbers(3, HIDDEN)
+    true, x = TrainSession._computed, numbers(3, HIDDEN)
     damaged = {
         "nan": lambda y: {"x": y["x"] * float("nan")},
         "shape": lambda y: {"x": y["x"][1:]},
@@ -194,11 +201,11 @@ async def test_a_hop_that_lies_is_passed_over(checkpoint, monkeypatch, damage):
     }
     liars = [True]
 
-    def lie(job, results):
-        answer = true(job, results)
+    async def lie(session, job, inputs):
+        answer = await true(session, job, inputs)
         return damaged[damage](answer) if liars and liars.pop() else answer
 
-    monkeypatch.setattr(train_session, "checked_results", lie)
+    monkeypatch.setattr(TrainSession, "_computed", lie)
     async with open_training_swarm(checkpoint, [*ALONE, ("b", 0, 4)]) as swarm:
         async with swarm.training() as session:
             output, _ = await session.forward(x, [3])
@@ -269,13 +276,13 @@ async def test_a_client_that_is_gone_is_forgotten_at_once(checkpoint):
                 nursery.start_soon(lambda job=job: talk.say(job, x=numbers(512, HIDDEN)))
             while peer.engine.queue_depth < MAX_QUEUED:
                 await trio.lowlevel.checkpoint()
-            assert peer.server.tuning_bytes == tuning().nbytes
+            assert peer.server._tunings.used == tuning().nbytes
             assert peer.server._room.used == MAX_QUEUED * 512 * HIDDEN * 4
             nursery.cancel_scope.cancel()
         talk.stream.reset()
         with trio.fail_after(1):
             await peer.server.wait_idle()
-        assert (peer.server._room.used, peer.server.tuning_bytes) == (0, 0)
+        assert (peer.server._room.used, peer.server._tunings.used) == (0, 0)
         assert peer.engine.queue_depth == 0
 
 

@@ -12,12 +12,14 @@ from petalnode.compute import LIGHT
 from petalnode.errors import NoRoute, PeerError, PeerRefused, PeerUnreachable
 from petalnode.events import Report, ignore
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
-from petalnode.models.loading import load_block_span, load_client
+from petalnode.models.loading import load_block_span
 from petalnode.models.training import BackwardPass, ForwardPass
 from petalnode.models.tuning.tuning import NOTHING, BlockTuning, LowRank, Tuning
 from petalnode.p2p.frames import FrameStream
 from petalnode.p2p.memory import memory_frame_pair
 from petalnode.serving.engine import SpanEngine
+from petalnode.serving.kept import KeptPasses
+from petalnode.serving.session_tuning import TuningBudget
 from petalnode.serving.training import TrainServer
 from petalnode.training.opening import open_training
 from petalnode.training.session import Desk, TrainingSession
@@ -77,6 +79,8 @@ class TrainingSwarm:
             fingerprint=self.checkpoint.fingerprint,
             max_tokens=max_tokens,
             is_draining=lambda: peer.draining,
+            tunings=TuningBudget(),
+            kept=KeptPasses(),
         )
         peer = self.peers[peer_id] = Peer(engine, server)
         train = engine.train
@@ -84,9 +88,7 @@ class TrainingSwarm:
         async def watched(begin, load):
             def noted(span):
                 steps = begin(span)
-                kind = "forward" if isinstance(steps, ForwardPass) else "backward"
-                stage = steps._blocks.start, steps._blocks.end
-                note(kind, stage)
+                note(steps.job.kind, (steps.job.start, steps.job.end))
                 return steps
 
             return await train(noted, load)
@@ -174,8 +176,7 @@ class TrainingSwarm:
         self, start: int = 0, end: int = BLOCKS, report: Report = ignore
     ) -> AsyncIterator[TrainingSession]:
         """A client's session."""
-        client = load_client(self.checkpoint, dtype="float32")
-        desk = Desk(self.checkpoint.config, client, self.checkpoint.tokenizer(), self._compute)
+        desk = Desk(self.checkpoint.config, self._compute)
         fingerprint = self.checkpoint.fingerprint
         async with open_training(self, fingerprint, self, desk, (start, end), report) as session:
             yield session
@@ -228,11 +229,10 @@ def at_once(checkpoint, hidden, lengths, grad, added=NOTHING, span=(0, BLOCKS), 
     """Output, gradient of the input, gradients of the tuning: all blocks and rows here, at once."""
     weights = {"dtype": "float32", **weights}
     loaded = load_block_span(open_checkpoint(str(checkpoint)), 0, BLOCKS, **weights)
-    forward = ForwardPass(loaded, *span, hidden, lengths, added)
-    backward = BackwardPass(loaded, *span, hidden, lengths, added, grad)
-    for steps in (forward, backward):
-        while steps.steps_left:
-            steps.step()
+    forward = ForwardPass(loaded, *span, hidden, lengths, added, keep=True)
+    backward = BackwardPass(forward, grad)
+    while backward.steps_left:
+        backward.step()
     return forward.output, backward.grad, backward.tuning_grads
 
 
