@@ -49,19 +49,22 @@ class MemoryPeers:
         self._nursery = nursery
         self._log_tokens = KV_TOKENS if logs else 0
         self._engines: dict[tuple[int, int], SpanEngine] = {}
+        self._computes: dict[tuple[int, int], ComputeThread] = {}
         self._count = 0
 
     def add(self, span: tuple[int, int]) -> None:
         """One more server of the span. Those of one span share its weights and its thread."""
         if span not in self._engines:
             blocks = load_block_span(self.checkpoint, *span, dtype="float32")
-            self._engines[span] = SpanEngine(blocks, ComputeThread())
+            self._computes[span] = ComputeThread()
+            self._engines[span] = SpanEngine(blocks, self._computes[span])
             self._nursery.start_soon(self._engines[span].serve)
         self._count += 1
         name = f"peer {self._count}"
         server = HopServer(
             self._engines[span],
             KvBudget(KV_TOKENS, span[1] - span[0]),
+            compute=self._computes[span],
             fingerprint=self.checkpoint.fingerprint,
             connect=partial(self._connect, name),
             log_budget=KvBudget(self._log_tokens, 1),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -62,6 +63,7 @@ class Terms:
     replay_log_tokens: int | None
     pinned: bool
     adapters: tuple[str, ...] = ()
+    cache_dir: Path | None = None
 
 
 class Holding:
@@ -123,15 +125,24 @@ class Holding:
         if first:  # loading may take longer than a record lives
             self._nursery.start_soon(self._swarm.beat, self.announcement, self._room)
 
+    async def find_adapters(self) -> None:
+        """Fetch what this node will offer; before it announces anything, so that who asks for an
+        adapter by name can wait for it. Raises ``UsageError`` or ``ModelError``."""
+        terms = self.terms
+        if terms.adapters:
+            config = terms.checkpoint.config
+            find = partial(find_offered, terms.adapters, config, terms.cache_dir)
+            self._offered = await self._compute.run(find)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """What these add to one block at most."""
+        return sum(one.block_bytes for one in self._offered)
+
     async def load(self) -> None:
         """Load the blocks that were announced, and serve them. Raises ``ModelError``, or
         ``UsageError`` for an adapter that cannot be offered."""
         assert self.blocks is not None
-        terms = self.terms
-        if terms.adapters:
-            find = partial(find_offered, terms.adapters, terms.checkpoint.config)
-            self._offered = await self._compute.run(find)
-            await self._publish("joining")  # who asks for one by name can wait for it already
         await self._serve(self.blocks, None)
         await self._go_online()
 
@@ -187,7 +198,7 @@ class Holding:
     async def _exchange(self, service: SpanService, before: Blocks, blocks: Blocks) -> bool:
         # What does not stay is freed first: a node may have no room for both.
         kept = shared(service.engine.span, blocks)
-        service.engine.span = kept
+        service.engine.span, service.server.adapters = kept, {}
         self.blocks = self._moving_to = blocks
         await self._publish("joining")
         try:
@@ -199,6 +210,7 @@ class Holding:
         return True
 
     async def _serve(self, blocks: Blocks, keep: Span | None) -> None:
+        adapters = await self._load_adapters(blocks)  # what is free afterwards is shared out
         service = await load_service(
             self.terms.checkpoint,
             blocks,
@@ -213,7 +225,7 @@ class Holding:
             report=self._report,
             keep=keep,
         )
-        service.server.adapters = await self._load_adapters(blocks)
+        service.server.adapters = adapters
         self._engine_scope.cancel()
         self._engine_scope = trio.CancelScope()
         self.service = service

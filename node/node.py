@@ -20,7 +20,6 @@ from contextlib import (
 )
 from functools import partial
 
-import torch
 import trio
 
 from petalnode.bandwidth import BandwidthMeter
@@ -57,7 +56,7 @@ from petalnode.routing.chain import Gap
 from petalnode.routing.costs import ANYTHING, Workload
 from petalnode.serving.memory_plan import plan_memory
 from petalnode.serving.service import SpanService, free_memory
-from petalnode.session.added import Added, find_added
+from petalnode.session.added import Added, find_added, own_tuning
 from petalnode.session.hidden import HiddenSession, check_span
 from petalnode.session.session import IdsSource, Session, check_rows
 from petalnode.swarm import Swarm, open_swarm
@@ -79,7 +78,6 @@ class Node:
         host: Host,
         swarm: Swarm,
         nursery: trio.Nursery,
-        device: torch.device,
         report: Report,
         machine: Machine,
         meter: BandwidthMeter,
@@ -92,14 +90,13 @@ class Node:
         self._report = report
         self._machine = machine
         self._compute = machine.compute()
-        self._device = device
+        self._device = pick_device(options.device)
         self._dtype = pick_dtype(options.dtype, checkpoint.config.dtype, self._device)
         token_bytes = checkpoint.config.hidden_size * self._dtype.itemsize
         self._chains = ChainOpener(checkpoint, swarm, host, self, machine.rng, token_bytes)
         self._holding = self._empty_holding(meter)
         self._balancing = trio.CancelScope()
-        self._client: ClientParts | None = None
-        self._tokenizer: Tokenizer | None = None
+        self._client: tuple[ClientParts, Tokenizer] | None = None
         self._loading_client = trio.Lock()
 
     @property
@@ -154,21 +151,20 @@ class Node:
         that is not one.
         """
         check_rows(rows)
-        config, compute = self.checkpoint.config, self._compute
-        added = await find_added(adapter, config, self.swarm.live(), compute)
-        workload = added.asked_of(workload)
+        config = self.checkpoint.config
+        added = await self.find_adapter(adapter)
+        workload = added.asked_of(workload, rows, config.max_positions)
         with plain_errors():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._load_client)
                 await self.swarm.wait_covered(report, workload)
                 await self.swarm.probe()
-        assert self._client is not None
-        assert self._tokenizer is not None
+        client, tokenizer = await self._load_client()
         async with AsyncExitStack() as stack:
-            source = IdsSource(added.client(self._client), self._compute, rows)
+            source = IdsSource(added.client(client), self._compute, rows)
             ask = Ask(workload, report, source, rows, added=added)
             chain = await self._chains.open(stack, ask)
-            yield Session(chain, source, self._tokenizer, self._compute)
+            yield Session(chain, source, tokenizer, self._compute)
 
     @asynccontextmanager
     async def open_hidden(
@@ -180,20 +176,27 @@ class Node:
         *,
         rows: int = 1,
         tuning: Tuning = NOTHING,
+        served: str = "",
     ) -> AsyncIterator[HiddenSession]:
-        """Blocks ``[start, end)`` alone, with ``tuning`` added, for hidden states of the caller's.
+        """Blocks ``[start, end)`` alone, with ``tuning`` added, for hidden states of the caller's;
+        or with an adapter that hops offer, by the name that ``find_adapter`` gives.
 
-        Waits and raises as ``open_session`` does; ``UsageError`` for blocks that there are not.
+        Waits and raises as ``open_session`` does; ``UsageError`` for blocks that there are not, and
+        for a tuning that these blocks cannot run. It is copied.
         """
         check_span(start, end, self.checkpoint.config.num_blocks)
         check_rows(rows)
-        added = Added(tuning=tuning)
+        config = self.checkpoint.config
+        added = await own_tuning(tuning, config, (start, end), self._compute)
+        if served:
+            added = Added(served=served)
+        workload = added.asked_of(workload, rows, config.max_positions)
         ask = Ask(workload, report, rows=rows, gap=Gap(start, end), added=added)
         await self._chains.wait_served(ask)
         await self.swarm.probe()
         async with AsyncExitStack() as stack:
             chain = await self._chains.open(stack, ask)
-            yield HiddenSession(chain, self._dtype, self.checkpoint.config.max_positions)
+            yield HiddenSession(chain, self._dtype, config.max_positions)
 
     @asynccontextmanager
     async def open_training(
@@ -207,31 +210,39 @@ class Node:
         config = self.checkpoint.config
         span = (start, config.num_blocks if end is None else end)
         check_span(*span, config.num_blocks)
-        await self._load_client()
         await self.swarm.probe()
-        assert self._client is not None
-        assert self._tokenizer is not None
-        desk = Desk(config, self._client, self._tokenizer, self._compute)
+        desk = Desk(config, self._compute)
         workload = Workload(token_bytes=config.hidden_size * self._dtype.itemsize)
         peers = SwarmPeers(self.swarm, workload, self._host.learn)
         fingerprint = self.checkpoint.fingerprint
         async with open_training(self, fingerprint, peers, desk, span, report) as training:
             yield training
 
+    async def find_adapter(self, adapter: str | Adapter) -> Added:
+        """What is meant by an adapter of the caller's, or by the name or place of one: see
+        ``session.added.find_added``."""
+        records, cache_dir = self.swarm.live(), self.options.cache_dir
+        return await find_added(adapter, self.checkpoint.config, records, self._compute, cache_dir)
+
     async def drain(self) -> None:
         """Take no new sessions, tell the swarm, wait until those here end or the deadline."""
         self._balancing.cancel()
         await self._holding.drain()
 
-    async def _load_client(self) -> None:
-        """Embeddings, norm, head and tokenizer, once."""
+    async def client_parts(self) -> ClientParts:
+        """The model's embeddings, norm and head, loaded when a session or this first needs them."""
+        client, _ = await self._load_client()
+        return client
+
+    async def _load_client(self) -> tuple[ClientParts, Tokenizer]:
+        """What of the model is the client's, once."""
         async with self._loading_client:
             if self._client is None:
-                self._tokenizer = await self._compute.run(self.checkpoint.tokenizer)
-                load = partial(load_client, self.checkpoint, dtype=self._dtype)
-                self._client = await self._compute.run(
-                    partial(load, device=self._device, fetching=self._fetching)
-                )
+                tokenizer = await self._compute.run(self.checkpoint.tokenizer)
+                load = partial(load_client, self.checkpoint, dtype=self._dtype, device=self._device)
+                client = await self._compute.run(partial(load, fetching=self._fetching))
+                self._client = client, tokenizer
+            return self._client
 
     def _fetching(self, file: str, done: int, total: int) -> None:
         self._compute.tell(lambda: self._report(Downloading(file, done, total)))
@@ -250,6 +261,7 @@ class Node:
             replay_log_tokens=options.replay_log_tokens,
             pinned=options.blocks is not None,
             adapters=options.adapters,
+            cache_dir=options.cache_dir,
         )
         return Holding(
             terms,
@@ -264,6 +276,7 @@ class Node:
 
     async def _serve(self) -> None:
         """Choose a span, load it, and serve it, or another, until the node closes."""
+        await self._holding.find_adapters()  # they take room in every block
         size, pinned = self._plan_blocks(), self.options.blocks
         if pinned is not None:
             await self._holding.intend(pinned)
@@ -289,6 +302,7 @@ class Node:
             dtype=dtype_name(self._dtype),
             quant=self.options.quant,
             wanted=pinned[1] - pinned[0] if pinned else self.options.num_blocks or None,
+            adapters=self._holding.adapter_bytes,
         )
         self._report(plan)
         return plan.blocks
@@ -325,8 +339,7 @@ async def open_node(
     options, machine = options or NodeOptions(), machine or this_machine()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     check_blocks(checkpoint, options)
-    device = pick_device(options.device)
-    check_quant(options.quant, device)
+    check_quant(options.quant, pick_device(options.device))
     joins = parse_joins(options.join)
     network, meter = known_network(joins, checkpoint, machine.rng), BandwidthMeter()
     with plain_errors():
@@ -350,7 +363,7 @@ async def open_node(
                 open_swarm(host, identity, checkpoint, joined, machine)
             )
             nursery = await stack.enter_async_context(trio.open_nursery())
-            node = Node(checkpoint, options, host, swarm, nursery, device, report, machine, meter)
+            node = Node(checkpoint, options, host, swarm, nursery, report, machine, meter)
             nursery.start_soon(swarm.run)
             nursery.start_soon(seek_friends, host, swarm)
             try:

@@ -19,7 +19,8 @@ class NodeOptions:
     uses the default file, a client a fresh key. ``port`` 0 takes any free one. Replay logs keep
     ``replay_log_tokens`` hidden states for all sessions together, by default one for each token of
     the attention cache, at most ``serving.server.DEFAULT_LOG_TOKENS``. ``adapters`` are offered to
-    everybody's sessions: directories or hub repos of LoRA files as ``peft`` saves them.
+    everybody's sessions: directories or hub repos of LoRA files as ``peft`` saves them. Adapters of
+    the hub are kept in ``cache_dir``, by default in the hub's own cache.
     """
 
     join: tuple[str, ...] = ()
@@ -34,6 +35,7 @@ class NodeOptions:
     port: int = 0
     announce: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
+    cache_dir: Path | None = None
     name: str = ""
     identity: Path | None = None
 

@@ -60,17 +60,26 @@ def pack_tensors(
     yield {**header, "parts": parts, "last": True}, tensors
 
 
+class TooLarge(BadMessage):
+    """More than ``limit_bytes`` would come."""
+
+
 class TensorCollector:
-    """Puts the matrices of one message together again; allocates ``limit_bytes`` at most."""
+    """Puts the matrices of one message together again; allocates ``limit_bytes`` at most.
+
+    A matrix counts as soon as its first rows come, as float32 if its numbers are shorter: that is
+    what is kept of it in the end. ``nbytes`` is how many there are.
+    """
 
     def __init__(self, limit_bytes: int, max_tensors: int) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.scales: dict[str, float] = {}
-        self._left, self._max_tensors = limit_bytes, max_tensors
+        self.nbytes = 0
+        self._limit_bytes, self._max_tensors = limit_bytes, max_tensors
         self._open: tuple[str, int] | None = None
 
     def add(self, frame: Frame) -> bool:
-        """Take the next frame; whether it was the last. Raises ``BadMessage``."""
+        """Take the next frame; whether it was the last. Raises ``BadMessage``, ``TooLarge``."""
         parts = frame.header.get("parts")
         if not isinstance(parts, list) or len(parts) != len(frame.tensors):
             raise BadMessage("the parts of a message are not one for each tensor")
@@ -107,9 +116,9 @@ class TensorCollector:
             raise BadMessage(f"more than {self._max_tensors} tensors")
         if not isinstance(scale, float) or not math.isfinite(scale):
             raise BadMessage(f"the scale of {name} is no finite number")
-        self._left -= rows * tensor.shape[1] * tensor.itemsize
-        if self._left < 0:
-            raise BadMessage(f"{name} is larger than it may be")
+        self.nbytes += rows * tensor.shape[1] * max(tensor.itemsize, torch.float32.itemsize)
+        if self.nbytes > self._limit_bytes:
+            raise TooLarge(f"{name} is larger than it may be")
         self.scales[name] = scale
         if rows == len(tensor):
             self.tensors[name] = tensor

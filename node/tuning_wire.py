@@ -35,16 +35,25 @@ def pack(tuning: Tuning, max_bytes: int, version: int = 0) -> Iterator[Packed]:
 
 
 class Collector:
-    """Makes a tuning for the blocks [start, end) of its frames; allocates ``limit_bytes``."""
+    """Makes a tuning for the blocks [start, end) of its frames; allocates ``limit_bytes``.
+
+    See ``TensorCollector`` for how these are counted.
+    """
 
     def __init__(self, config: ModelConfig, start: int, end: int, limit_bytes: int) -> None:
         self._start, self._end = max(0, start), min(end, config.num_blocks)
         self._tensors = TensorCollector(limit_bytes, (end - start) * MAX_BLOCK_TENSORS)
 
+    @property
+    def nbytes(self) -> int:
+        """What the matrices that began to come take, as float32."""
+        return self._tensors.nbytes
+
     def take(self, frame: Frame) -> Tuning | None:
         """Take the next frame: the tuning with the last one, None before.
 
-        Raises ``BadMessage`` for frames that break the protocol, or are of other blocks.
+        Raises ``TooLarge``, or ``BadMessage`` for frames that break the protocol, or are of other
+        blocks.
         """
         if not self._tensors.add(frame):
             return None

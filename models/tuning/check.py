@@ -54,17 +54,23 @@ def check_prompt(config: ModelConfig, prompt: Tensor, what: str = "The prompt") 
 
 def check_rank(rank: int, what: str) -> None:
     """Raise `UsageError` for a rank that low-rank matrices cannot have here."""
-    if not 0 < rank <= MAX_RANK:
-        raise UsageError(f"{what} has the rank {rank}.", f"Use a rank from 1 to {MAX_RANK}.")
+    if type(rank) is not int or not 0 < rank <= MAX_RANK:
+        raise UsageError(
+            f"{what} has the rank {str(rank)[:40]}.", f"Use a whole number from 1 to {MAX_RANK}."
+        )
 
 
 def check_scale(scale: float, what: str) -> None:
     """Raise `UsageError` for a scale, alpha / rank, that is no ordinary number."""
-    if not abs(scale) <= MAX_SCALE:  # also no number, or one too long for a float
+    if not _is_number(scale) or not abs(scale) <= MAX_SCALE:  # also nan, or too long for a float
         raise UsageError(
             f"{what} has the scale {str(scale)[:40]}.",
             f"Use one of at most {MAX_SCALE:g} (alpha / rank).",
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_shapes(a: tuple[int, ...], b: tuple[int, ...], what: str, outs: int, ins: int) -> None:

@@ -18,7 +18,7 @@ def new_lora(
     *,
     rank: int,
     alpha: float,
-    targets: Sequence[str],
+    targets: str | Sequence[str],
     rng: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Tuning:
@@ -28,6 +28,7 @@ def new_lora(
     zero, the scale alpha / rank. Raises `UsageError` as `match_targets`, and for a bad rank, alpha.
     """
     check_rank(rank, "The adapter")
+    check_scale(alpha, "The adapter")  # that it is a number at all
     check_scale(alpha / rank, "The adapter")
     blocks: dict[int, BlockTuning] = {}
     for index, names in match_targets(config, targets).items():

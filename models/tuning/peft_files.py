@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +40,7 @@ LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weig
 PEFT_ROOT = "base_model.model."
 SOFT_PROMPT = "prompt_embeddings"
 BLOCK_PROMPT = "blocks.{}.prompt"
+BLOCK_PROMPT_NAME = re.compile(r"blocks\.(?P<index>\d{1,5})\.prompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,14 @@ def adapter_digest(place: Path) -> str:
     return hashlib.sha256(both.encode()).hexdigest()[:8]
 
 
+def adapter_block_bytes(source: Path, config: ModelConfig) -> int:
+    """Return what a directory's adapter adds to one block at most, loaded, in bytes.
+
+    Only headers are read. Raises as `load_adapter` does for tensors of unknown names.
+    """
+    return max(_Reader(source, config, range(0)).block_bytes().values(), default=0)
+
+
 def load_adapter(
     source: Path, config: ModelConfig, blocks: tuple[int, int] | None = None
 ) -> Adapter:
@@ -169,6 +180,19 @@ class _Reader:
                     a, b = (file.get_tensor(sides[side]).float() for side in "AB")
                     found.setdefault(index, {})[site] = LowRank(a, b, settings.scale_of(full))
         return Tuning({index: BlockTuning(lora) for index, lora in found.items()})
+
+    def block_bytes(self) -> Counter[int]:
+        """Return what the tensors of each block take as float32."""
+        sizes: Counter[int] = Counter()
+        for tensor, info in self._header.items():
+            if match := LORA_TENSOR.fullmatch(tensor):
+                index, _ = self._place(match["module"])
+            elif match := BLOCK_PROMPT_NAME.fullmatch(tensor):
+                index = int(match["index"])
+            else:
+                continue
+            sizes[index] += math.prod(info.shape) * torch.float32.itemsize
+        return sizes
 
     def _place(self, module: str) -> tuple[int, str]:
         """Return the block and the site of a module's full name."""

@@ -67,18 +67,19 @@ def is_target(site: str, target: str) -> bool:
     return target == ALL_LINEAR or site == target or site.endswith("." + target)
 
 
-def match_targets(config: ModelConfig, targets: Sequence[str]) -> dict[int, list[str]]:
+def match_targets(config: ModelConfig, targets: str | Sequence[str]) -> dict[int, list[str]]:
     """Return the sites that the targets name, by block; blocks without one are left out.
 
-    Raises `UsageError` for a target that names nothing, and for none.
+    A string is one target. Raises `UsageError` for a target that names nothing, and for none.
     """
+    targets = [targets] if isinstance(targets, str) else targets
     blocks = {index: lora_sites(config, index) for index in range(config.num_blocks)}
     there = sorted({site for sites in blocks.values() for site in sites})
     if not targets:
         raise UsageError("No target modules are named.", _there_are(there))
     for target in targets:
-        if not any(is_target(site, target) for site in there):
-            raise unknown_target(target, there)
+        if not isinstance(target, str) or not any(is_target(site, target) for site in there):
+            raise unknown_target(str(target), there)
     found = {
         index: [site for site in sites if any(is_target(site, one) for one in targets)]
         for index, sites in blocks.items()
@@ -93,5 +94,5 @@ def unknown_target(target: str, there: Sequence[str]) -> UsageError:
     )
 
 
-def _there_are(there: Sequence[str], target: str = "") -> str:
+def _there_are(there: Sequence[str]) -> str:
     return f"Name some of {', '.join(there)}."

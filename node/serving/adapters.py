@@ -11,7 +11,12 @@ import torch
 
 from petalnode.errors import ModelError, UsageError
 from petalnode.models.config import ModelConfig
-from petalnode.models.tuning.peft_files import adapter_digest, adapter_files, load_adapter
+from petalnode.models.tuning.peft_files import (
+    adapter_block_bytes,
+    adapter_digest,
+    adapter_files,
+    load_adapter,
+)
 from petalnode.models.tuning.tuning import Tuning
 from petalnode.routing.announcement import MAX_ADAPTER_CHARS, MAX_ADAPTERS
 
@@ -25,9 +30,13 @@ class Offered:
 
     name: str
     place: Path
+    block_bytes: int
+    """What its matrices for one block take at most."""
 
 
-def find_offered(ids: Sequence[str], config: ModelConfig) -> tuple[Offered, ...]:
+def find_offered(
+    ids: Sequence[str], config: ModelConfig, cache_dir: Path | None = None
+) -> tuple[Offered, ...]:
     """Fetch what ``--adapter`` names, and see that it is for this model.
 
     Raises ``UsageError`` or ``ModelError`` that names the adapter.
@@ -36,7 +45,8 @@ def find_offered(ids: Sequence[str], config: ModelConfig) -> tuple[Offered, ...]
         raise UsageError(
             f"{len(ids)} adapters are too many for one node.", f"Offer at most {MAX_ADAPTERS}."
         )
-    return tuple({one.name: one for one in (_find(name, config) for name in ids)}.values())
+    found = [_find(name, config, cache_dir) for name in ids]
+    return tuple({one.name: one for one in found}.values())
 
 
 def load_offered(
@@ -73,8 +83,8 @@ def _load(one: Offered, config: ModelConfig, blocks: tuple[int, int]) -> Tuning:
     return tuning
 
 
-def _find(wanted: str, config: ModelConfig) -> Offered:
-    place = adapter_files(wanted)
+def _find(wanted: str, config: ModelConfig, cache_dir: Path | None) -> Offered:
+    place = adapter_files(wanted, cache_dir)
     if load_adapter(place, config, (0, 1)).prompt is not None:
         raise UsageError(
             f"The adapter {wanted} has a soft prompt, which stays with the client.",
@@ -87,4 +97,4 @@ def _find(wanted: str, config: ModelConfig) -> Offered:
             f"The adapter's name {base!r} cannot be announced.",
             f"Rename it: printable ASCII of at most {MAX_ADAPTER_CHARS - 9} characters.",
         )
-    return Offered(name, place)
+    return Offered(name, place, adapter_block_bytes(place, config))

@@ -137,14 +137,16 @@ class HopSession:
 
     async def _tune(self, frame: Frame) -> None:
         """Take a part of what the client adds to the blocks."""
-        if self._rows.in_use:
-            raise BadMessage("an adapter after the first step")
         try:
-            if self._tuning.take(frame):
-                self._rows.tuning = self._tuning.added
-                await self._control.send({"type": "tuned"})
+            last = await self._tuning.take(frame)
         except Refusal as refusal:
             await self._control.send(error_wire(refusal.code, str(refusal)))
+            return
+        if self._rows.in_use:
+            raise BadMessage("an adapter after the first step")
+        if last:
+            self._rows.tuning = self._tuning.added
+            await self._control.send({"type": "tuned"})
 
     async def _expect(self, peer: str, also: bool) -> None:
         """From now on that peer is the sender, and what the old one still says is void; or it may

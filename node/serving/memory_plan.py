@@ -24,21 +24,28 @@ class FreeMemory:
 
 
 def plan_memory(
-    config: ModelConfig, free: FreeMemory, *, dtype: str, quant: str, wanted: int | None = None
+    config: ModelConfig,
+    free: FreeMemory,
+    *,
+    dtype: str,
+    quant: str,
+    wanted: int | None = None,
+    adapters: int = 0,
 ) -> Memory:
     """Return how many blocks fit, at most all, with the reasons; `wanted` blocks are not doubted.
 
-    Every block counts as the largest. While a block is read, its files' pages are in memory too.
-    Raises ``UsageError`` with the numbers where not even one block fits.
+    Every block counts as the largest, with the `adapters` bytes that those which the node offers
+    add to one at most. While a block is read, its files' pages are in memory too. Raises
+    ``UsageError`` with the numbers where not even one block fits.
     """
-    block = max(block_sizes(config, dtype, quant))
+    block = max(block_sizes(config, dtype, quant)) + adapters
     loading = max(block_sizes(config, config.dtype, "none"))
     left = free.bytes - loading
     fits = max(0, min(config.num_blocks, int(left * WEIGHT_SHARE) // block))
     if free.host_bytes < loading:
         fits = 0
     if wanted is None and fits == 0:
-        raise nothing_fits(config, free, dtype, quant, loading)
+        raise nothing_fits(config, free, dtype, quant, loading, adapters)
     return Memory(
         device=free.device,
         dtype=dtype,
@@ -51,20 +58,24 @@ def plan_memory(
         blocks=fits if wanted is None else wanted,
         of=config.num_blocks,
         left_dense=left_dense(config, 0, quant),
+        adapters=adapters,
     )
 
 
 def nothing_fits(
-    config: ModelConfig, free: FreeMemory, dtype: str, quant: str, loading: int
+    config: ModelConfig, free: FreeMemory, dtype: str, quant: str, loading: int, adapters: int
 ) -> UsageError:
     """The error, with the numbers."""
-    now, nf4 = (readable_bytes(max(block_sizes(config, dtype, one))) for one in (quant, "nf4"))
+    now, nf4 = (
+        readable_bytes(max(block_sizes(config, dtype, one)) + adapters) for one in (quant, "nf4")
+    )
+    added = f", {readable_bytes(adapters)} of that for its adapters," if adapters else ""
     form = dtype if quant == "none" else quant
     here, host = readable_bytes(free.bytes), readable_bytes(free.host_bytes)
     there = "" if here == host else f" and {host} on the host"
     return UsageError(
-        f"Not even one block fits: it takes {now} in {form} and {readable_bytes(loading)} more "
-        f"while it is read, and {here} are free on {free.device}{there}.",
+        f"Not even one block fits: it takes {now} in {form}{added} and {readable_bytes(loading)} "
+        f"more while it is read, and {here} are free on {free.device}{there}.",
         "Free some memory, or serve this model from a larger machine."
         if quant == "nf4"
         else f"Use --quant nf4 ({nf4} a block), free some memory, or use a larger machine.",

@@ -72,6 +72,7 @@ class SessionRows:
 
     def drop(self) -> None:
         """Free everything."""
+        self.tuning = None
         self._caches.clear()
         self._budget.resize(self._held, 0)
         self._held = 0

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import trio
 
+from petalnode.compute import Compute
 from petalnode.errors import PeerError, PeerMisbehaved
 from petalnode.models.tuning.tuning import Tuning
 from petalnode.p2p.frames import Frame, FrameStream
@@ -15,7 +16,7 @@ from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.hop_session import Connect, HopSession
 from petalnode.serving.rows import Refusal
-from petalnode.serving.session_tuning import SessionTuning, tuning_budget
+from petalnode.serving.session_tuning import SessionTuning, TuningBudget
 
 MAX_SESSIONS = 256
 MAX_SESSIONS_PER_PEER = 64
@@ -29,7 +30,8 @@ HELLO_DEADLINE_S = 10.0
 class HopServer:
     """The sessions of one node. ``handle`` is the stream handler of ``HOP_PROTOCOL``.
 
-    ``adapters`` are offered to sessions by name, the part of each for this span.
+    ``adapters`` are offered to sessions by name, the part of each for this span; what sessions
+    bring themselves is charged to ``tunings``.
     """
 
     def __init__(
@@ -37,15 +39,18 @@ class HopServer:
         engine: SpanEngine,
         budget: KvBudget,
         *,
+        compute: Compute,
         fingerprint: str,
         connect: Connect,
         log_budget: KvBudget | None = None,
+        tunings: TuningBudget | None = None,
     ) -> None:
         self._engine = engine
         self._budget = budget
         self._log_budget = log_budget or KvBudget(DEFAULT_LOG_TOKENS, 1)
         self.adapters: Mapping[str, Tuning] = {}
-        self._tuning_budget = tuning_budget()
+        self.tunings = tunings or TuningBudget()
+        self._compute = compute
         self._fingerprint = fingerprint
         self._connect = connect
         self._sessions: dict[bytes, HopSession] = {}
@@ -105,7 +110,7 @@ class HopServer:
 
     def _open(self, opened: Open, stream: FrameStream) -> HopSession:
         self._check(opened, stream.peer_id)
-        served = self.adapters.get(opened.adapter)
+        client, span, served = stream.peer_id, self._engine.span, self.adapters.get(opened.adapter)
         session = HopSession(
             opened,
             stream,
@@ -113,7 +118,7 @@ class HopServer:
             self._budget,
             self._log_budget,
             self._connect,
-            SessionTuning(opened, self._engine.span, self._tuning_budget, served),
+            SessionTuning(opened, client, span, self._compute, self.tunings, served),
         )
         self._sessions[opened.session] = session
         return session

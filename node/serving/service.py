@@ -21,8 +21,10 @@ from petalnode.models.span import RowSlice, Span
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.hop_session import Connect
+from petalnode.serving.kept import MAX_KEPT_BYTES, KeptPasses
 from petalnode.serving.memory_plan import FreeMemory
 from petalnode.serving.server import DEFAULT_LOG_TOKENS, HopServer
+from petalnode.serving.session_tuning import MAX_NODE_TUNING_BYTES, TuningBudget
 from petalnode.serving.training import TrainServer
 from petalnode.training.protocol import MAX_MICRO_TOKENS
 
@@ -30,7 +32,13 @@ KV_SHARE = 0.5
 """Of what is free after loading, for attention caches when ``--kv-tokens`` is not given."""
 MAX_KV_TOKENS = 1 << 20
 GRAPH_SHARE = 0.25
-"""Of what is free after loading, for the graph of the one training job that is computed."""
+"""Of what is free after loading, for the one training job that is computed."""
+KEPT_SHARE = 0.125
+"""Of what is free after loading, for forward passes whose backward may come; never more than
+``MAX_KEPT_BYTES``."""
+TUNING_SHARE = 0.0625
+"""Of what is free after loading, for what clients add to the blocks; never more than
+``MAX_NODE_TUNING_BYTES``."""
 GRAPH_WIDTHS = 32
 """Numbers that autograd keeps of a token in a block, in hidden sizes: inputs of some ten layers, of
 which the feed-forward's are several times as wide."""
@@ -137,13 +145,16 @@ async def load_service(
     throughput = await compute.run(partial(measure, span))
     tokens = kv_tokens or default_kv_tokens(span)
     budget = KvBudget(tokens, span.end - span.start)
+    tunings = TuningBudget(default_tuning_bytes(device))
     engine = SpanEngine(span, compute)
     server = HopServer(
         engine,
         budget,
+        compute=compute,
         fingerprint=checkpoint.fingerprint,
         connect=connect,
         log_budget=KvBudget(replay_log_tokens or min(tokens, DEFAULT_LOG_TOKENS), 1),
+        tunings=tunings,
     )
     training = TrainServer(
         engine,
@@ -151,6 +162,8 @@ async def load_service(
         fingerprint=checkpoint.fingerprint,
         max_tokens=default_job_tokens(span),
         is_draining=lambda: server.draining,
+        tunings=tunings,
+        kept=KeptPasses(default_kept_bytes(span)),
     )
     return SpanService(span, engine, server, training, budget, throughput)
 
@@ -162,9 +175,20 @@ def default_kv_tokens(span: Span) -> int:
     return max(1, min(fitting, MAX_KV_TOKENS))
 
 
+def default_tuning_bytes(device: torch.device) -> int:
+    """A share of the memory that is free now."""
+    return min(int(free_bytes(device) * TUNING_SHARE), MAX_NODE_TUNING_BYTES)
+
+
+def default_kept_bytes(span: Span) -> int:
+    """A share of the memory that is free now."""
+    return min(int(free_bytes(span.device) * KEPT_SHARE), MAX_KEPT_BYTES)
+
+
 def default_job_tokens(span: Span) -> int:
-    """Tokens of a training job whose graph fits a share of the memory that is free now."""
-    numbers = GRAPH_WIDTHS * span.config.hidden_size * (span.end - span.start)
+    """Tokens of a training job that fits a share of the memory that is free now: the activations
+    of one block at a time, and the inputs of all."""
+    numbers = (GRAPH_WIDTHS + span.end - span.start) * span.config.hidden_size
     fitting = int(free_bytes(span.device) * GRAPH_SHARE) // (numbers * span.dtype.itemsize)
     return max(1, min(fitting, MAX_MICRO_TOKENS))
 

@@ -33,11 +33,18 @@ class Added:
     tuning: Tuning = NOTHING
     prompt: Tensor | None = None
 
-    def asked_of(self, workload: Workload) -> Workload:
-        """The workload with what it needs of every hop."""
-        if not self.served:
+    def asked_of(self, workload: Workload, rows: int, max_positions: int) -> Workload:
+        """The workload with what it needs of every hop; a prompt is in each of ``rows``."""
+        if self.served:
+            workload = replace(workload, adapters=(*workload.adapters, self.served))
+        if self.prompt is None:
             return workload
-        return replace(workload, adapters=(*workload.adapters, self.served))
+        longer = len(self.prompt)
+        return replace(
+            workload,
+            context=min(workload.context + longer, max_positions),
+            kv_tokens=min(workload.kv_tokens + rows * longer, rows * max_positions),
+        )
 
     def client(self, plain: ClientParts) -> ClientParts:
         """The client's part that begins with the prompt, if there is one."""
@@ -49,12 +56,17 @@ PLAIN = Added()
 
 
 async def find_added(
-    adapter: str | Adapter, config: ModelConfig, records: Iterable[Announcement], compute: Compute
+    adapter: str | Adapter,
+    config: ModelConfig,
+    records: Iterable[Announcement],
+    compute: Compute,
+    cache_dir: Path | None = None,
 ) -> Added:
     """What is meant by an adapter, or by the name or place of one.
 
     A directory is the caller's own; else a name is looked for among those that ``records`` offer,
-    then on the hub. Raises ``UsageError`` or ``ModelError`` where there is none that fits.
+    then on the hub. An ``Adapter`` is copied: what becomes of it later is not the session's. Raises
+    ``UsageError`` or ``ModelError`` where there is none that fits.
     """
     if isinstance(adapter, str):
         if not adapter:
@@ -64,11 +76,32 @@ async def find_added(
             served = offered_as(adapter, offered)
             if served or "/" not in adapter:
                 return Added(served=served or _nobody(adapter, offered))
-        read = partial(read_adapter, adapter, config)
-        adapter = await compute.run(read)
-    else:  # before a node is asked, which could only refuse it
-        await compute.run(partial(check_tuning, config, 0, config.num_blocks, adapter.tuning))
-    return Added(tuning=adapter.tuning, prompt=adapter.prompt)
+        read = partial(read_adapter, adapter, config, cache_dir)
+        found = await compute.run(read)
+        return Added(tuning=found.tuning, prompt=found.prompt)
+    added = await own_tuning(adapter.tuning, config, (0, config.num_blocks), compute)
+    return replace(added, prompt=None if adapter.prompt is None else snapshot(adapter.prompt))
+
+
+async def own_tuning(
+    tuning: Tuning, config: ModelConfig, blocks: tuple[int, int], compute: Compute
+) -> Added:
+    """A copy of matrices for these blocks, as they are now: a hop that comes later gets the same.
+
+    Raises ``UsageError``, before a node is asked, for what the blocks cannot run.
+    """
+
+    def copied() -> Tuning:
+        copy = tuning.map(snapshot)
+        check_tuning(config, *blocks, copy)
+        return copy
+
+    return Added(tuning=await compute.run(copied)) if tuning.blocks else PLAIN
+
+
+def snapshot(tensor: Tensor) -> Tensor:
+    """A copy that knows nothing of the tensor."""
+    return tensor.detach().clone()
 
 
 def is_directory(place: str) -> bool:
@@ -76,9 +109,9 @@ def is_directory(place: str) -> bool:
     return Path(place).is_dir()
 
 
-def read_adapter(place: str, config: ModelConfig) -> Adapter:
+def read_adapter(place: str, config: ModelConfig, cache_dir: Path | None = None) -> Adapter:
     """The adapter of a directory or hub repo. Raises ``UsageError`` or ``ModelError``."""
-    return load_adapter(adapter_files(place), config)
+    return load_adapter(adapter_files(place, cache_dir), config)
 
 
 def offered_as(wanted: str, offered: Collection[str]) -> str:

@@ -17,6 +17,7 @@ from petalnode.models.tuning.peft_files import (
     CONFIG,
     WEIGHTS,
     Adapter,
+    adapter_block_bytes,
     adapter_digest,
     adapter_files,
     load_adapter,
@@ -104,6 +105,17 @@ def test_half_precision_files(saved: Path, dtype: torch.dtype) -> None:
     assert all(one.dtype == torch.float32 for one in read.values())
     for name, tensor in matrices().named():
         assert torch.equal(read[name], tensor.to(dtype).float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_block_gets_at_most(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """In float32, as which it is loaded; known from the headers alone."""
+    save_adapter(tmp_path, KINDS[kind], LLAMA, "org/base")
+    tensors = {name: one.to(dtype) for name, one in load_file(tmp_path / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    loaded = [load_adapter(tmp_path, LLAMA, (index, index + 1)).tuning for index in range(3)]
+    assert adapter_block_bytes(tmp_path, LLAMA) == max(one.nbytes for one in loaded)
 
 
 def test_only_some_blocks(saved: Path, tmp_path: Path) -> None:

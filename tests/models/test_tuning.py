@@ -71,6 +71,7 @@ def test_targets() -> None:
         index: ["self_attn.q_proj", "mlp.up_proj"] for index in range(3)
     }
     assert match_targets(LLAMA, ["all-linear"])[2] == list(lora_sites(LLAMA, 2))
+    assert match_targets(LLAMA, "q_proj") == match_targets(LLAMA, ["q_proj"])
     mixed = config_of("qwen3_moe", "every other block, one dense, tied")
     assert set(match_targets(mixed, ["up_proj"])) == {0, 1, 2}, "block 3 has experts only"
 
@@ -80,6 +81,7 @@ def test_targets_that_are_none() -> None:
         told = message(lambda target=target: match_targets(LLAMA, ["q_proj", target]))
         assert repr(target) in told
         assert "self_attn.q_proj" in told
+    assert "'7'" in message(lambda: match_targets(LLAMA, [7]))  # type: ignore[list-item]
     assert "No target modules" in message(lambda: match_targets(LLAMA, []))
     told = message(lambda: match_targets(config_of("mixtral"), ["gate"]))
     assert "'gate'" in told, "routers stay as they are"
@@ -121,9 +123,20 @@ def test_new_matrices_depend_on_the_seed_alone() -> None:
         (4, math.inf, "scale inf"),
         (4, math.nan, "scale nan"),
         (1, 1e9, "scale 1000000000"),
+        (2.5, 1, "rank 2.5"),
+        (2.0, 1, "rank 2.0"),
+        (True, 1, "rank True"),
+        ("4", 1, "rank 4"),
+        (None, 1, "rank None"),
+        (math.nan, 1, "rank nan"),
+        (10**400, 1, "rank 1000"),
+        (4, 10**400, "scale 1000"),
+        (4, "8", "scale 8"),
+        (4, None, "scale None"),
+        (4, True, "scale True"),
     ],
 )
-def test_bad_ranks(rank: int, alpha: float, words: str) -> None:
+def test_bad_ranks(rank: Any, alpha: Any, words: str) -> None:
     rng = torch.Generator()
     assert words in message(
         lambda: new_lora(LLAMA, rank=rank, alpha=alpha, targets=["q_proj"], rng=rng)
@@ -163,6 +176,10 @@ BAD: dict[str, tuple[Tuning, str]] = {
     "NaN": (Tuning({1: BlockTuning({Q: with_number(math.nan)})}), "not finite"),
     "infinity": (Tuning({1: BlockTuning({Q: with_number(-math.inf)})}), "not finite"),
     "an infinite scale": (Tuning({1: BlockTuning({Q: pair(scale=math.inf)})}), "scale inf"),
+    "a scale that is a word": (
+        Tuning({1: BlockTuning({Q: LowRank(pair().a, pair().b, "1")})}),  # type: ignore[arg-type]
+        "scale 1.",
+    ),
     "a scale that is none": (Tuning({1: BlockTuning({Q: pair(scale=math.nan)})}), "scale nan"),
     "float64": (Tuning({1: BlockTuning({Q: pair(dtype=torch.float64)})}), "dtype float64"),
     "integers": (Tuning({1: BlockTuning({Q: pair(dtype=torch.int32)})}), "dtype int32"),
@@ -212,4 +229,5 @@ def test_sizes_and_names() -> None:
     for (_, leaf), (_, tensor) in zip(leaves.named(), tuning.named(), strict=True):
         assert leaf.requires_grad
         assert leaf.is_leaf
-        assert leaf.data_ptr() != tensor.data_ptr()
+        assert leaf.data_ptr() == tensor.data_ptr()
+        assert not tensor.requires_grad

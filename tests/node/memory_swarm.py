@@ -57,10 +57,11 @@ class MemorySwarm:
             return self.dial(peer_id, other)
 
         span = load_block_span(self.checkpoint, start, end, dtype="float32")
-        engine = SpanEngine(span, ComputeThread())
-        budget = KvBudget(kv_tokens, end - start)
+        compute, budget = ComputeThread(), KvBudget(kv_tokens, end - start)
+        engine = SpanEngine(span, compute)
+        fingerprint = self.checkpoint.fingerprint
         hop_server = HopServer(
-            engine, budget, fingerprint=self.checkpoint.fingerprint, connect=connect
+            engine, budget, compute=compute, fingerprint=fingerprint, connect=connect
         )
         self.servers[peer_id] = Server(peer_id, engine, budget, hop_server)
         self._nursery.start_soon(engine.serve)

@@ -15,7 +15,7 @@ from petalnode.models.tuning.peft_files import Adapter, adapter_digest, save_ada
 from petalnode.models.tuning.tuning import BlockTuning, LowRank, Tuning
 from petalnode.node import NodeOptions, open_node
 from petalnode.routing.costs import Workload
-from petalnode.serving import session_tuning
+from petalnode.serving.session_tuning import TuningBudget
 from petalnode.session.added import PLAIN, Added, offered_as
 from petalnode.session.session import GenerateOptions
 
@@ -163,24 +163,30 @@ async def test_what_fits_no_block_is_refused_and_nothing_is_kept(path, config, c
         async with swarm.session(*TWO) as session:
             assert await say(session, prompt(9)) == expected(path, prompt(9))
         for one in swarm.servers.values():
-            assert one.server._tuning_budget.used == 0
+            assert one.server.tunings.used == 0
 
 
-async def test_limits_of_a_session_and_of_a_node(path, config, monkeypatch):
+async def test_limits_of_a_session_a_peer_and_a_node(path, config):
     tuning = lora(config, 1)
     half = tuning.within(0, 2).nbytes
     async with open_memory_swarm(path, TWO) as swarm:
-        monkeypatch.setattr(session_tuning, "MAX_SESSION_TUNING_BYTES", half - 1)
-        with pytest.raises(PeerRefused, match="larger than the 0 MiB"):
+        server = swarm.servers["b"].server
+        server.tunings = TuningBudget(2 * half - 2)
+        with pytest.raises(PeerRefused, match=r"larger than the 12.0 KiB that a session") as caught:
             async with swarm.session(*TWO, tuning=tuning):
                 pass
-        monkeypatch.undo()
-        swarm.servers["b"].server._tuning_budget = session_tuning.KvBudget(half, 1)
+        assert (caught.value.code, caught.value.peer_id) == ("tuning", "b")
+        server.tunings = TuningBudget(2 * half)
         async with swarm.session(*TWO, tuning=tuning):
-            with pytest.raises(PeerRefused, match="no room for another") as caught:
+            with pytest.raises(
+                PeerRefused, match=r"more than the 12.0 KiB that those of"
+            ) as caught:
                 async with swarm.session(*TWO, tuning=tuning):
                     pass
             assert (caught.value.code, caught.value.peer_id) == ("busy", "b")
+            server.tunings.charge("another", 0, half)
+            assert server.tunings.used == 2 * half
+            server.tunings.charge("another", half, 1)
         await trio.testing.wait_all_tasks_blocked()
         async with swarm.session(*TWO, tuning=tuning) as session:
             assert await say(session, prompt(5)) == expected(path, prompt(5), tuning)
@@ -201,8 +207,8 @@ def test_names_of_offered_adapters():
 
 def test_every_hop_is_asked_for_what_is_offered():
     workload = Workload(kv_tokens=5)
-    assert Added("law@1").asked_of(workload) == Workload(kv_tokens=5, adapters=("law@1",))
-    assert PLAIN.asked_of(workload) is workload
+    assert Added("law@1").asked_of(workload, 1, 256) == Workload(kv_tokens=5, adapters=("law@1",))
+    assert PLAIN.asked_of(workload, 1, 256) is workload
 
 
 async def test_whole_nodes_offer_files_and_clients_bring_theirs(path, config, tmp_path):

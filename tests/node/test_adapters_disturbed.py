@@ -10,7 +10,6 @@ import trio.testing
 from petalnode.holding import Holding
 from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.tuning.peft_files import Adapter, adapter_digest, save_adapter
-from petalnode.serving.session_tuning import MAX_NODE_TUNING_BYTES
 from petalnode.session.session import GenerateOptions
 from petalnode.simnet.compute import Cost
 from petalnode.simnet.world import open_world
@@ -62,7 +61,8 @@ async def kill(swarm):
 
 async def kill_where_one_is_full(swarm):
     full = swarm.add("b3", 1, 2)  # which is asked first
-    full.server._tuning_budget.resize(0, MAX_NODE_TUNING_BYTES)
+    for peer in ("one", "another"):
+        full.server.tunings.charge(peer, 0, full.server.tunings.peer_size)
     swarm.kill("b")
 
 
@@ -106,7 +106,7 @@ async def said(path, disturb, tuning, num_beams, soft=None):
         await trio.testing.wait_all_tasks_blocked()
         for peer, one in swarm.servers.items():
             if peer != "b3":
-                assert one.server._tuning_budget.used == 0
+                assert one.server.tunings.used == 0
         refused = [error for error in finder.blamed if error.peer_id == "b3"]
         assert [error.code for error in refused] == ["busy"] * (disturb is kill_where_one_is_full)
     return [*(one.tokens for one in batch.completions), tokens], hops
@@ -163,6 +163,26 @@ async def test_a_node_that_moves_offers_what_is_still_there(
         assert list(node.service.server.adapters) == list(record.adapters)
         async with node.open_session(adapter=record.adapters[0]) as session:
             assert (await words(session) == before) is (change == "none")
+
+
+async def test_what_a_span_offered_is_dropped_before_the_next_is_loaded(
+    tiny_checkpoint, tmp_path, monkeypatch, autojump_clock
+):
+    """There may be no room for both."""
+    path, before = str(tiny_checkpoint(eos_token_id=None)), []
+    config, load = open_checkpoint(path).config, Holding._load_adapters
+    save_adapter(tmp_path / "law", Adapter(lora(config, 1), None), config, path)
+
+    async def loading(self, blocks):
+        before.append(len(self.service.server.adapters) if self.service else None)
+        return await load(self, blocks)
+
+    monkeypatch.setattr(Holding, "_load_adapters", loading)
+    async with open_world(1, path, latency_s=0.02, cost=Cost()) as world:
+        node = await world.start("a", num_blocks=4, adapters=(str(tmp_path / "law"),))
+        assert await node._holding.move((1, 3))
+        assert len(node.service.server.adapters) == 1
+    assert before == [None, 0]
 
 
 async def test_what_a_node_will_offer_is_known_while_it_loads(

@@ -1,5 +1,6 @@
 """Adapters over the wire, from clients and hops that mean ill: nothing is kept, nobody waits."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,25 +9,28 @@ import trio
 import trio.testing
 
 from petalnode.compute import ComputeThread
-from petalnode.errors import PeerError, PeerGone, PeerMisbehaved, PeerRefused, UsageError
+from petalnode.errors import PeerError, PeerGone, PeerMisbehaved, PeerRefused
 from petalnode.models.checkpoint import open_checkpoint
-from petalnode.models.tuning.check import check_scale
-from petalnode.models.tuning.peft_files import Adapter, save_adapter
+from petalnode.p2p.frames import Frame
 from petalnode.p2p.memory import memory_frame_pair
 from petalnode.protocol import Open, Segment, Step, feed_wire
-from petalnode.routing.announcement import MAX_ADAPTER_CHARS
 from petalnode.routing.chain import Hop
-from petalnode.serving import session_tuning
-from petalnode.serving.adapters import find_offered, load_offered
+from petalnode.serving.rows import Refusal
+from petalnode.serving.session_tuning import (
+    MAX_NODE_TUNING_BYTES,
+    MAX_SESSION_TUNING_BYTES,
+    SessionTuning,
+    TuningBudget,
+)
 from petalnode.session import line
-from petalnode.session.added import find_added
 from petalnode.session.chain import ChainSetup, open_chain
 from petalnode.session.line import TUNING_DEADLINE_S, open_line, tuning_deadline_s
 from petalnode.session.recovery import OPEN_DEADLINE_S
+from petalnode.simnet.compute import Cost, SimCompute
 from petalnode.tuning_wire import pack
 
 from .memory_swarm import open_memory_swarm
-from .test_adapters import BAD, bad, lora, prompted
+from .test_adapters import lora, prompted
 from .test_chain import TWO
 
 SESSION = b"s" * 16
@@ -58,7 +62,7 @@ async def upload(stream, tuning):
 
 
 def used(swarm):
-    return swarm.servers["a"].server._tuning_budget.used
+    return swarm.servers["a"].server.tunings.used
 
 
 async def test_an_upload_that_breaks_off_leaves_nothing(path, config):
@@ -68,8 +72,11 @@ async def test_an_upload_that_breaks_off_leaves_nothing(path, config):
             await stream.send(header, tensors)
         await trio.testing.wait_all_tasks_blocked()
         assert used(swarm) > 0
+        (session,) = swarm.servers["a"].server._sessions.values()
+        came = weakref.ref(session._tuning._collector)
         stream.reset()
         await trio.testing.wait_all_tasks_blocked()
+        assert came() is None
         assert (used(swarm), swarm.servers["a"].server.sessions) == (0, 0)
 
 
@@ -81,6 +88,60 @@ async def test_what_is_kept_in_float32_is_charged_as_that(path, config):
         assert used(swarm) == 2 * tuning.nbytes
         (session,) = swarm.servers["a"].server._sessions.values()
         assert {t.dtype for _, t in session._tuning.added.named()} == {torch.float32}
+
+
+async def test_what_is_kept_is_no_more_than_is_charged(config):
+    """Tensors of a frame share its memory, which one of them would keep as a whole."""
+    budget, span = TuningBudget(), SimpleNamespace(config=config, device=torch.device("cpu"))
+    wanted = Open(SESSION, "f" * 32, 0, 4, 1)
+    tuning = SessionTuning(wanted, "client", span, ComputeThread(), budget, None)
+    header = {"type": "tuning", "version": 0, "parts": [["1.prompt", 1, 0, 1.0]], "last": True}
+    assert await tuning.take(Frame(header, [torch.zeros(1000, 64)[:1]]))
+    ((_, kept),) = tuning.added.named()
+    assert kept.untyped_storage().nbytes() == budget.used == 64 * 4
+
+
+async def test_what_is_announced_is_charged_before_it_comes(path, config):
+    """Else many small frames could have much more allocated than the node has room for."""
+    async with open_memory_swarm(path, ONE) as swarm:
+        stream = await opened(swarm)
+        header = {"type": "tuning", "version": 0, "parts": [["1.prompt", 1000, 0, 1.0]]}
+        await stream.send({**header, "last": False}, [torch.zeros(1, 64)])
+        await trio.testing.wait_all_tasks_blocked()
+        assert used(swarm) == 1000 * 64 * 4
+
+
+async def test_a_matrix_that_is_too_large_is_refused_as_any_other(path, config):
+    async with open_memory_swarm(path, ONE) as swarm:
+        stream = await opened(swarm)
+        header = {"type": "tuning", "version": 0, "parts": [["1.prompt", 1 << 24, 0, 1.0]]}
+        await stream.send({**header, "last": True}, [torch.zeros(1, 64)])
+        answer = (await stream.receive()).header
+        assert (answer["type"], answer["code"], used(swarm)) == ("error", "tuning", 0)
+        assert answer["why"] == "it is larger than the 128.0 MiB that a session may add"
+
+
+def test_a_peer_has_a_share_of_a_nodes_room():
+    budget = TuningBudget()
+    assert (budget.peer_size, budget.session_size) == (1 << 28, MAX_SESSION_TUNING_BYTES)
+    budget.charge("a", 0, 1 << 27)
+    budget.charge("a", 0, 1 << 27)
+    with pytest.raises(
+        Refusal, match=r"^your sessions would add more than the 256.0 MiB"
+    ) as caught:
+        budget.charge("a", 0, 1)
+    assert (caught.value.code, budget.used) == ("busy", 1 << 28)
+    budget.charge("b", 0, (1 << 28) - 1)
+    with pytest.raises(Refusal, match="no room for another adapter"):
+        budget.charge("c", 0, 2)
+    budget.charge("c", 0, 1)
+    assert budget.used == MAX_NODE_TUNING_BYTES
+    budget.charge("a", 1 << 27, 0)
+    budget.charge("a", 1 << 27, 1)
+    assert budget.used == (1 << 28) + 1
+    for peer, held in (("a", 1), ("b", (1 << 28) - 1), ("c", 1)):
+        budget.charge(peer, held, 0)
+    assert (budget.used, budget._held) == (0, {})
 
 
 async def broken(swarm, why):
@@ -114,6 +175,47 @@ async def test_one_after_the_first_step_ends_the_session(path, config):
         await broken(swarm, "after the first step")
 
 
+async def test_matrices_are_checked_in_the_worker_thread(path, config):
+    """Meanwhile the loop goes on, and a step that comes too early is not computed without them."""
+    async with open_memory_swarm(path, ONE) as swarm:
+        server, go, checks = swarm.servers["a"].server, trio.Event(), []
+
+        class Slow(ComputeThread):
+            async def run(self, function, load=None):
+                checks.append(function)
+                await go.wait()
+                return await super().run(function)
+
+        server._compute = Slow()
+        stream = await opened(swarm)
+        for header, tensors in pack(lora(config, 1), FRAME):
+            await stream.send(header, tensors)
+        feed = swarm.dial("client", "a")
+        await feed.send(feed_wire(SESSION))
+        assert (await feed.receive()).header["type"] == "fed"
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(checks) == 1
+        await feed.send(Step(1, (Segment(0, 0, 1, 1),)).to_wire(), [torch.zeros(1, 64)])
+        assert (await stream.receive()).header["type"] == "out"
+        go.set()
+        with pytest.raises(PeerGone):
+            await stream.receive()
+        await broken(swarm, "after the first step")
+
+
+async def test_nothing_refers_to_matrices_of_a_session_that_is_over(path, config):
+    """Whatever keeps the session's own objects for a while."""
+    async with open_memory_swarm(path, ONE) as swarm:
+        swarm.servers["a"].server._compute = SimCompute(Cost(), lambda: 1.0)  # no thread keeps any
+        stream = await opened(swarm)
+        assert (await upload(stream, lora(config, 1)))["type"] == "tuned"
+        (session,) = swarm.servers["a"].server._sessions.values()
+        added = weakref.ref(session._tuning.added)
+        stream.reset()
+        await trio.testing.wait_all_tasks_blocked()
+        assert added() is None
+
+
 async def test_a_name_that_comes_twice_in_other_digits_ends_the_session(path, config):
     async with open_memory_swarm(path, ONE) as swarm:
         stream = await opened(swarm)
@@ -133,13 +235,15 @@ async def test_an_offered_one_and_an_own_one_are_not_both_taken(path, config):
         assert used(swarm) == 0
 
 
-async def test_whoever_was_refused_may_not_go_on_sending(path, config, monkeypatch):
+async def test_whoever_was_refused_may_not_go_on_sending(path, config):
     tuning = lora(config, 1)
     async with open_memory_swarm(path, ONE) as swarm:
-        monkeypatch.setattr(session_tuning, "MAX_SESSION_TUNING_BYTES", tuning.nbytes // 2)
+        swarm.servers["a"].server.tunings = TuningBudget(tuning.nbytes)
         stream = await opened(swarm)
         assert (await upload(stream, tuning))["code"] == "tuning"
         assert used(swarm) == 0
+        await stream.send({"type": "where"})
+        assert (await stream.receive()).header["type"] == "at"  # it was told once
         assert (await upload(stream, tuning.within(0, 1)))["type"] == "error"
         assert used(swarm) == 0
 
@@ -227,6 +331,8 @@ async def test_a_slow_line_has_the_time_that_it_needs(
     monkeypatch.setattr(line, "SLOWEST_UPLINK", tuning.nbytes / 20)
     assert OPEN_DEADLINE_S < 25 < tuning_deadline_s(tuning) == 30
     async with open_memory_swarm(path, TWO) as swarm:
+        for one in swarm.servers.values():
+            one.server._compute = SimCompute(Cost(), lambda: 1.0)  # a thread has no virtual time
         opener, fingerprint = SlowLine(swarm, takes_s), swarm.checkpoint.fingerprint
         setup = ChainSetup(opener, "client", fingerprint, 64, tuning=tuning)
         hops = [Hop(*hop) for hop in TWO]
@@ -237,53 +343,3 @@ async def test_a_slow_line_has_the_time_that_it_needs(
             with pytest.raises(PeerGone, match="did not take the adapter in 30 s"):
                 async with open_chain(setup, hops):
                     pass
-
-
-@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
-async def test_what_fits_no_block_is_told_before_a_node_is_asked(config, change):
-    with pytest.raises(UsageError):
-        await find_added(Adapter(bad(config, change)), config, (), ComputeThread())
-
-
-async def test_a_directory_here_comes_before_what_others_offer(config, tmp_path, monkeypatch):
-    save_adapter(tmp_path / "law", Adapter(lora(config, 1)), config, "m")
-    monkeypatch.chdir(tmp_path)
-    offers = (SimpleNamespace(adapters=("law@00112233", "poems@00112233")),)
-    own = await find_added("law", config, offers, ComputeThread())
-    assert (own.served, list(own.tuning.blocks)) == ("", [0, 1, 2, 3])
-    served = await find_added("poems", config, offers, ComputeThread())
-    assert (served.served, served.tuning.blocks) == ("poems@00112233", {})
-
-
-@pytest.mark.parametrize("name", ["Öl", "new\nline", "x" * 88])
-def test_names_that_cannot_be_announced(config, tmp_path, name):
-    save_adapter(tmp_path / name, Adapter(lora(config, 1)), config, "m")
-    with pytest.raises(UsageError, match="cannot be announced"):
-        find_offered([str(tmp_path / name)], config)
-
-
-def test_the_longest_name_that_can_be_announced(config, tmp_path):
-    place = tmp_path / ("x" * (MAX_ADAPTER_CHARS - 9))
-    save_adapter(place, Adapter(lora(config, 1)), config, "m")
-    (one,) = find_offered([str(place), str(place)], config)
-    assert len(one.name) == MAX_ADAPTER_CHARS
-
-
-def test_more_adapters_than_an_announcement_has_room_for(config):
-    with pytest.raises(UsageError, match="Offer at most 8"):
-        find_offered([f"n{number}" for number in range(9)], config)
-
-
-def test_files_that_change_after_they_were_named(config, tmp_path):
-    save_adapter(tmp_path, Adapter(lora(config, 1)), config, "m")
-    offered = find_offered([str(tmp_path)], config)
-    save_adapter(tmp_path, Adapter(lora(config, 2)), config, "m")
-    with pytest.raises(UsageError, match="have changed since"):
-        load_offered(offered, config, (0, 4), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("scale", [10**400, -(10**400), float("nan"), float("inf"), 1e7])
-def test_scales_that_are_no_ordinary_numbers(scale):
-    with pytest.raises(UsageError, match="has the scale") as caught:
-        check_scale(scale, "It")
-    assert len(caught.value.cause) < 100

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.config import ModelConfig
 from petalnode.models.loading import load_block_span
 from petalnode.models.memory import block_bytes, readable_bytes
+from petalnode.models.tuning.lora import new_lora
+from petalnode.models.tuning.peft_files import Adapter, save_adapter
 from petalnode.node import NodeOptions, open_node
 from petalnode.serving.memory_plan import FreeMemory, plan_memory
-from petalnode.serving.service import default_kv_tokens, free_memory
+from petalnode.serving.service import default_kv_tokens, default_tuning_bytes, free_memory
+from petalnode.serving.session_tuning import MAX_NODE_TUNING_BYTES
 
 from ..checkpoints import MakeCheckpoint
 
@@ -77,6 +81,20 @@ def test_the_host_must_hold_what_is_read(config: ModelConfig) -> None:
     assert plan_memory(config, roomy, dtype="bfloat16", quant="none").blocks == 4
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_adapters_take_room_in_every_block(config: ModelConfig, quant: str) -> None:
+    loading, block = block_bytes(config, 0, 4), block_bytes(config, 0, 4, quant)
+    plan = partial(plan_memory, config, dtype="float32", quant=quant)
+    enough = loading + 4 * block * 4 // 3 + 1
+    assert plan(free(enough)).blocks == 4
+    less = plan(free(enough), adapters=block // 3)
+    assert (less.blocks, less.block, less.adapters) == (3, block + block // 3, block // 3)
+    assert plan(free(enough), adapters=block // 3, wanted=4).blocks == 4
+    size = readable_bytes(2 * block)
+    with pytest.raises(UsageError, match=rf"takes {size} in .*, {readable_bytes(block)} of that "):
+        plan(free(loading + 2 * block), adapters=block)
+
+
 def test_what_was_asked_for_is_not_doubted(config: ModelConfig) -> None:
     plan = plan_memory(config, free(0), dtype="float32", quant="none", wanted=3)
     assert (plan.fits, plan.blocks, plan.kv) == (0, 3, 0)
@@ -109,6 +127,14 @@ def test_caches_take_half_of_what_is_left(path: Path, monkeypatch: pytest.Monkey
     assert default_kv_tokens(span) == 500_000 // (2 * span.kv_bytes_per_token)
 
 
+def test_what_clients_add_gets_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = 16 << 20
+    monkeypatch.setattr("petalnode.serving.service.free_bytes", lambda device: left)
+    assert default_tuning_bytes(CPU) == 1 << 20
+    left = 1 << 40
+    assert default_tuning_bytes(CPU) == MAX_NODE_TUNING_BYTES
+
+
 def test_this_machine_has_memory() -> None:
     here = free_memory(CPU)
     assert here.bytes == here.host_bytes > 1 << 20
@@ -134,6 +160,50 @@ async def test_a_quantized_node_says_so(
         (ready,) = [event for event in events if isinstance(event, Ready)]
         assert (plan.fits, plan.quant, plan.free) == (2, quant, room)
         assert ready.memory["weights"] == 2 * block
+
+
+async def test_a_node_with_adapters_holds_fewer_blocks(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they take is known before the span is chosen, and loaded before what is free is shared
+    out to caches and clients; these share one room for all sessions."""
+    checkpoint = open_checkpoint(str(path))
+    config, block = checkpoint.config, block_bytes(checkpoint.config, 0, 4)
+    rng = torch.Generator().manual_seed(0)
+    lora = new_lora(config, rank=8, alpha=8, targets="all-linear", rng=rng)
+    for name in ("law", "poems"):
+        save_adapter(tmp_path / name, Adapter(lora), config, str(path))
+    added = lora.within(0, 1).nbytes
+    room = block + 4 * block * 4 // 3 + 1
+    monkeypatch.setattr(node_module, "free_memory", lambda device: free(room))
+    order: list[str] = []
+
+    def noting(module: str, name: str) -> None:
+        kept = getattr(import_module(module), name)
+        monkeypatch.setattr(
+            f"{module}.{name}", lambda *args, **rest: (order.append(name), kept(*args, **rest))[1]
+        )
+
+    noting("petalnode.holding", "load_offered")
+    noting("petalnode.serving.service", "default_kv_tokens")
+    events: list[object] = []
+    for adapters, blocks in (((), 4), (("law",), 3), (("law", "poems"), 2)):
+        options = NodeOptions(
+            num_blocks=None,
+            host="127.0.0.1",
+            identity=tmp_path / "key",
+            adapters=tuple(str(tmp_path / name) for name in adapters),
+        )
+        events.clear()
+        async with open_node(checkpoint, options, events.append) as node:
+            (plan,) = [event for event in events if isinstance(event, Memory)]
+            assert (plan.blocks, plan.adapters) == (blocks, len(adapters) * added)
+            assert node.blocks == (0, blocks)
+            service = node.service
+            assert service is not None
+            assert len(service.server.adapters) == len(adapters)
+            assert service.server.tunings is service.training._tunings
+    assert order == ["default_kv_tokens", *["load_offered", "default_kv_tokens"] * 2]
 
 
 async def test_a_quantization_that_cannot_be_had(path: Path) -> None:

@@ -11,7 +11,7 @@ from petalnode.errors import LocalProtocolError
 from petalnode.models.tuning.tuning import NOTHING, BlockTuning, LowRank, Tuning
 from petalnode.p2p.frames import MAX_TENSORS, Frame
 from petalnode.protocol import BadMessage
-from petalnode.tensor_frames import TensorCollector, pack_tensors
+from petalnode.tensor_frames import TensorCollector, TooLarge, pack_tensors
 from petalnode.tuning_wire import MAX_BLOCK_TENSORS, Collector, pack
 
 CONFIG = SimpleNamespace(num_blocks=4)
@@ -118,6 +118,26 @@ def frame(*parts, last=True, tensors=None):
 def test_broken_frames(broken, why):
     with pytest.raises(BadMessage, match=why):
         Collector(CONFIG, 0, 4, 1000).take(broken)
+
+
+def test_a_frame_holds_as_many_small_ones_as_it_may():
+    named = [(str(index), torch.zeros(1, 1)) for index in range(2 * MAX_TENSORS + 1)]
+    frames = list(pack_tensors({}, named, 1 << 20))
+    assert [len(tensors) for _, tensors in frames] == [MAX_TENSORS, MAX_TENSORS, 1]
+    assert [header["last"] for header, _ in frames] == [False, False, True]
+
+
+@pytest.mark.parametrize(("dtype", "counted"), [("float32", 4), ("bfloat16", 4), ("float64", 8)])
+def test_a_matrix_counts_when_its_first_rows_come(dtype, counted):
+    tensors = [torch.zeros(2, 4, dtype=getattr(torch, dtype))]
+    first = frame(["x", 6, 0, 1.0], last=False, tensors=tensors)
+    collector = TensorCollector(24 * counted, 4)
+    assert not collector.add(first)
+    assert collector.nbytes == 24 * counted
+    assert not collector.add(frame(["x", 6, 2, 1.0], last=False, tensors=tensors))
+    assert collector.nbytes == 24 * counted
+    with pytest.raises(TooLarge, match="x is larger"):
+        TensorCollector(24 * counted - 1, 4).add(first)
 
 
 def test_parts_that_do_not_fit_together():
