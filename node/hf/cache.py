@@ -21,8 +21,8 @@ from petalnode.errors import UsageError
 from petalnode.protocol import Segment
 from petalnode.session.hidden import HiddenSession
 
-OpenRows = Callable[[int], Held[HiddenSession]]
-"""Opens a session of so many rows through all blocks."""
+OpenRows = Callable[[Sequence[int]], Held[HiddenSession]]
+"""Opens a session through all blocks, of rows that begin with so many tokens each."""
 
 
 class RemoteCache(Cache):
@@ -84,7 +84,7 @@ class RemoteCache(Cache):
         """
         if self._in_step:
             raise UsageError("A step of this cache was interrupted.", "Begin with a new one.")
-        session = self._opened(len(hidden))
+        session = self._opened(mask)
         first = _first_alike(hidden, mask) if not any(self._lengths) else list(range(len(hidden)))
         fed = self._tokens(hidden, mask, first)
         wanted = mask[:, -keep:].clone()
@@ -135,12 +135,12 @@ class RemoteCache(Cache):
 
     def reset(self) -> None:
         """Forget every column."""
-        self.crop(-self.get_seq_length())
-        self._lengths = [0] * len(self._lengths)
+        self.crop(-self.get_seq_length())  # the prompt may stay where it is
 
-    def _opened(self, batch: int) -> Held[HiddenSession]:
+    def _opened(self, mask: Tensor) -> Held[HiddenSession]:
         if self._session is None:
-            self._session = self._open_rows(batch)
+            batch, before = len(mask), 0 if self.prompt is None else len(self.prompt)
+            self._session = self._open_rows([before + row for row in mask.sum(1).tolist()])
             weakref.finalize(self, self._session.release)
             self._lengths, self._order = [0] * batch, list(range(batch))
             self._mask = torch.zeros(batch, 0, dtype=torch.bool)

@@ -21,12 +21,10 @@ from petalnode.blocking import BlockingNode
 from petalnode.errors import UsageError
 from petalnode.events import Report, ignore
 from petalnode.hf.cache import RemoteCache
-from petalnode.hf.inputs import ID_DTYPES, check_tensor, read_inputs, refuse_attentions
+from petalnode.hf.inputs import ID_DTYPES, IGNORED, read_inputs, refuse_attentions
 from petalnode.hf.local import VocabularyTable
 from petalnode.hf.model import RemoteModel, read_generation_config
-
-IGNORED = -100
-"""The label of what no loss is made of."""
+from petalnode.training.modules import check_tensor
 
 
 class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -72,14 +70,13 @@ class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-unt
         cached = None if cache is None else cache.mask
         inputs = read_inputs(input_ids, inputs_embeds, attention_mask, position_ids, cached)
         collect: list[Tensor] | None = [] if output_hidden_states else None
-        last = inputs.tokens.shape[1]
-        kept = (
-            logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-        )
-        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < last and collect is None:
-            last = logits_to_keep
+        last, kept = inputs.tokens.shape[1], logits_to_keep
+        if isinstance(kept, int) and 0 < kept < last and collect is None:
+            last = kept
         hidden = self.hidden(inputs, cache, last, collect)
-        logits = self.local.logits(hidden[:, kept])
+        logits = self.local.logits(
+            hidden[:, kept if isinstance(kept, Tensor) else slice(-kept, None)]
+        )
         loss = None
         if labels is not None:
             counted = counted_labels(labels, inputs.mask, logits)

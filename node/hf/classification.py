@@ -12,8 +12,14 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from petalnode.blocking import BlockingNode
 from petalnode.errors import UsageError
 from petalnode.events import Report, ignore
-from petalnode.hf.inputs import read_inputs, refuse_attentions
+from petalnode.hf.inputs import (
+    ID_DTYPES,
+    IGNORED,
+    read_inputs,
+    refuse_attentions,
+)
 from petalnode.hf.model import RemoteModel
+from petalnode.training.modules import check_tensor
 
 
 class PetalnodeForSequenceClassification(RemoteModel):  # type: ignore[no-untyped-call]
@@ -67,6 +73,7 @@ class PetalnodeForSequenceClassification(RemoteModel):  # type: ignore[no-untype
         scores = self.score(_last(normed, tokens).to(self.score.weight))
         loss = None
         if labels is not None:
+            check_labels(labels, *scores.shape)
             loss = self.loss_function(
                 logits=scores, labels=labels, pooled_logits=scores, config=self.config
             )
@@ -77,6 +84,23 @@ class PetalnodeForSequenceClassification(RemoteModel):  # type: ignore[no-untype
             hidden_states=states,  # type: ignore[arg-type]  # transformers says FloatTensor
         )
         return output.to_tuple() if return_dict is False else output
+
+
+def check_labels(labels: Tensor, batch: int, num_labels: int) -> None:
+    """Raise ``UsageError`` unless there is one for each row: a whole number below ``num_labels``,
+    or numbers to come near."""
+    check_tensor("The labels", labels)
+    if labels.ndim == 0 or len(labels) != batch:
+        raise UsageError(
+            f"Labels of shape {tuple(labels.shape)} do not fit {batch} rows.", "Give each row one."
+        )
+    classes = labels[labels != IGNORED]
+    whole = labels.dtype in ID_DTYPES and num_labels > 1
+    if whole and bool(((classes < 0) | (classes >= num_labels)).any()):
+        raise UsageError(
+            "A label is none of the model's.",
+            f"Labels go from 0 to {num_labels - 1}: num_labels=… says how many there are.",
+        )
 
 
 def _last(hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from petalnode.errors import UsageError
-from petalnode.training.modules import check_mask
+from petalnode.training.modules import check_mask, check_tensor
 
 ID_DTYPES = (torch.int64, torch.int32)
 """What embeddings can be looked up by."""
+IGNORED = -100
+"""The label of what no loss is made of."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ def read_inputs(
         )
     mask = torch.ones(batch, columns, dtype=torch.bool)
     if attention_mask is not None:
-        check_tensor("The attention mask", attention_mask)
         whole = check_mask(attention_mask, batch, before.shape[1] + columns).cpu()
         mask = whole[:, before.shape[1] :]
         if not torch.equal(whole[:, : before.shape[1]], before):
@@ -57,15 +58,6 @@ def read_inputs(
     if position_ids is not None:
         _check_positions(position_ids, counted, mask)
     return Inputs(tokens, mask, counted)
-
-
-def check_tensor(what: str, given: object) -> None:
-    """Raise ``UsageError`` for lists and arrays."""
-    if not isinstance(given, Tensor):
-        raise UsageError(
-            f"{what} is a {type(given).__name__}, not a tensor.",
-            'Make tensors of it: a tokenizer does with return_tensors="pt".',
-        )
 
 
 def refuse_attentions(wanted: bool | None) -> None:
@@ -98,5 +90,6 @@ def _check_positions(given: Tensor, counted: Tensor, mask: Tensor) -> None:
     if not torch.equal(given.cpu().expand_as(counted)[mask], counted[mask]):
         raise UsageError(
             "Positions that do not count each row's tokens from 0 cannot be had.",
-            "Leave position_ids out: padding and the cache are counted from the attention mask.",
+            "Leave position_ids out: the attention mask tells what padding is. It must leave each "
+            "row a token to go on from.",
         )

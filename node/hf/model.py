@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,11 +31,13 @@ from petalnode.hf.cache import RemoteCache
 from petalnode.hf.inputs import Inputs
 from petalnode.hf.local import LocalModules, VocabularyTable
 from petalnode.hf.saving import load_trained, save_trained
-from petalnode.models.checkpoint import open_checkpoint
+from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 from petalnode.models.devices import pick_device, pick_dtype
 from petalnode.models.sources import find_source
+from petalnode.models.tuning.check import check_prompt
 from petalnode.models.tuning.tuning import NOTHING
 from petalnode.options import NodeOptions
+from petalnode.routing.costs import Workload
 from petalnode.training.modules import (
     DeepPrompts,
     LoraParameters,
@@ -72,6 +75,7 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.local = LocalModules(checkpoint, dtype)
         self.blocks = RemoteBlocks(node, report=report)
         self.trained: TrainedParameters | None = None
+        self.served = ""
         self._closing: weakref.finalize[Any, Any] | None = None
 
     @classmethod
@@ -83,6 +87,7 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         options: NodeOptions | None = None,
         node: BlockingNode | None = None,
         trained: str | Path | None = None,
+        adapter: str = "",
         report: Report = ignore,
         **config: Any,
     ) -> Self:
@@ -90,25 +95,23 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         ``join`` are invites or addresses; ``options`` says more about the node that is opened in a
         background thread; ``node`` is one that is open already, for several models. ``trained`` is
-        what ``load_trained`` takes. ``report`` is called in that thread with what happens, such as
-        what a call waits for. Some of the configuration may be given, as in transformers:
-        ``num_labels=3``; see ``SETTINGS``. Raises what ``open_node`` raises, and ``UsageError``.
+        what ``load_trained`` takes, ``adapter`` what ``use_adapter`` does. ``report`` is called in
+        that thread with what happens, such as what a call waits for. Some of the configuration may
+        be given, as in transformers: ``num_labels=3``; see ``SETTINGS``. Raises what ``open_node``
+        raises, and ``UsageError``.
         """
-        model = str(model)
         joins = (join,) if isinstance(join, str) else tuple(join)
         if sum(map(bool, (joins, options, node))) > 1:
             raise UsageError("Two nodes are asked for.", "Give one of join, options and node.")
-        if node is not None and node.value.checkpoint.name != model:
-            raise UsageError(
-                f"The node runs {node.value.checkpoint.name}, not {model}.", "Open one for it."
-            )
-        checkpoint = open_checkpoint(model) if node is None else node.value.checkpoint
+        checkpoint = open_checkpoint(str(model)) if node is None else checkpoint_of(node, model)
         settings = read_config(checkpoint.name, config)
         used = node or open_blocking(checkpoint, options or NodeOptions(join=joins), report)
         try:
             made = cls(settings, used, report)
             if trained is not None:
                 made.load_trained(trained)
+            if adapter:
+                made.use_adapter(adapter)
         except BaseException:
             if node is None:
                 used.leave()
@@ -178,26 +181,49 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return prompt
 
     def enable(self, trained: TrainedParameters) -> None:
-        """Train these parameters. Raises ``UsageError`` where others are enabled."""
-        if self.trained is not None:
-            raise UsageError("This model has an adapter already.", "Call disable() first.")
+        """Train these parameters. Raises ``UsageError`` where others are enabled, or for a prompt
+        that does not fit the model."""
+        self._check_free()
+        if trained.prompt is not None:
+            check_prompt(self.node.value.checkpoint.config, trained.prompt)
         self.trained = trained
         self.blocks.add(trained)
 
+    def use_adapter(self, adapter: str) -> None:
+        """Go on with an adapter that nodes offer, by its name; nothing of it is trained here.
+
+        A directory, or a hub repo that nobody offers, is taken as by ``load_trained``. Raises
+        ``UsageError`` or ``ModelError`` where there is none.
+        """
+        self._check_free()
+        found = self.node.run(self.node.value.find_adapter, adapter)
+        if found.served:
+            self.served = found.served
+        else:
+            self.enable(TrainedParameters(found.tuning, found.prompt))
+
     def disable(self) -> None:
         """Go on without what was enabled."""
-        self.trained = None
+        self.trained, self.served = None, ""
         self.blocks.add(None)
+
+    def _check_free(self) -> None:
+        if self.trained is not None or self.served:
+            raise UsageError("This model has an adapter already.", "Call disable() first.")
 
     def new_cache(self) -> RemoteCache:
         """An empty cache. It goes on with what is enabled now, as it is now."""
         tuning = NOTHING if self.trained is None else self.trained.tuning()
         prompt = None if self.trained is None else self.trained.prompt
         node, report, config = self.node, self.report, self.node.value.checkpoint.config
+        if prompt is not None:
+            check_prompt(config, prompt)
+        served, blocks = self.served, config.num_blocks
 
-        def open_rows(rows: int) -> Any:
-            span = (0, config.num_blocks)
-            return node.hold(node.value.open_hidden(*span, report, rows=rows, tuning=tuning))
+        def open_rows(lengths: Sequence[int]) -> Any:
+            workload = Workload(kv_tokens=sum(lengths), context=max(lengths))
+            added = partial(node.value.open_hidden, tuning=tuning, served=served)
+            return node.hold(added(0, blocks, report, workload, rows=len(lengths)))
 
         prompt = None if prompt is None else prompt.detach().clone()
         return RemoteCache(open_rows, self.local.dtype, config.max_positions, prompt)
@@ -216,6 +242,8 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         if cache is not None:
             with torch.no_grad():
                 return cache.step(hidden, inputs.mask, keep)
+        if self.served:
+            return self._through_served(hidden, inputs.mask, keep, collect)
         if collect is not None:
             collect.append(hidden)
         mask = inputs.mask
@@ -228,6 +256,30 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         if collect is not None:
             collect += [one[:, before:] for one in blocks or ()]
         return output[:, before:][:, -keep:]
+
+    def _through_served(
+        self, hidden: Tensor, mask: Tensor, keep: int, collect: list[Tensor] | None
+    ) -> Tensor:
+        """Hidden states [B, keep, H] through an adapter that nodes offer, by a session's means."""
+        if collect is not None or (torch.is_grad_enabled() and hidden.requires_grad):
+            raise UsageError(
+                "Through an adapter that nodes offer come neither gradients nor hidden states of "
+                "every block.",
+                "Take the adapter's files by load_trained, or call disable().",
+            )
+        cache = self.new_cache()
+        try:
+            with torch.no_grad():
+                return cache.step(hidden, mask, keep)
+        finally:
+            cache.close()
+
+    def resize_token_embeddings(self, *args: Any, **rest: Any) -> Any:
+        """There is no other vocabulary: raises ``UsageError``."""
+        raise UsageError(
+            "The vocabulary is the swarm's and has the size that it has.",
+            "Use tokens that the model has: for padding, say, that of the end of a text.",
+        )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of transformers that comes with the model."""
@@ -252,6 +304,14 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Take what ``save_pretrained``, ``petalnode tune`` or ``peft`` wrote: a directory, or the
         name of a hub repo with an adapter."""
         load_trained(self, place)
+
+
+def checkpoint_of(node: BlockingNode, model: str | Path) -> Checkpoint:
+    """The checkpoint of an open node. Raises ``UsageError`` if it is another model's."""
+    checkpoint = node.value.checkpoint
+    if checkpoint.name != str(model):
+        raise UsageError(f"The node runs {checkpoint.name}, not {model}.", "Open one for it.")
+    return checkpoint
 
 
 def read_config(model: str, changes: dict[str, Any]) -> PreTrainedConfig:

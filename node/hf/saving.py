@@ -36,6 +36,8 @@ def save_trained(model: RemoteModel, directory: Path, *, for_trainer: bool = Fal
     own = {name: tensor for name, tensor in every.items() if not name.startswith("trained.")}
     if not own and model.trained is None:
         raise UsageError("Nothing is trained here.", "Enable an adapter or unfreeze a module.")
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file.", "Name a directory, which may be a new one.")
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = model.node.value.checkpoint
     if model.trained is not None:

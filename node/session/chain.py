@@ -18,7 +18,7 @@ from random import Random, SystemRandom
 import torch
 import trio
 
-from petalnode.errors import PeerError, PeerGone, PeerRefused
+from petalnode.errors import PeerError, PeerGone, PeerRefused, UsageError
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.nurseries import plain_errors
 from petalnode.outlet import Outlet
@@ -44,6 +44,8 @@ that this found a step to send again, for twice as long as before: it may be on 
 PATIENCE_STEPS = 6.0
 RELAY_LOG_TOKENS = 1 << 20
 """Hidden states that a client without token ids, or one that relays, remembers."""
+WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What hops take hidden states in."""
 
 
 @dataclass(eq=False)
@@ -98,9 +100,12 @@ class Chain:
 
         ``order`` rearranges rows of equal length before: row i goes on from row ``order[i]``.
         Returns [W, H], the outputs that the segments want, in order. Hops that are lost meanwhile
-        are replaced. Raises what cannot be mended: ``PeerError`` or ``NoRoute``.
+        are replaced. Raises what cannot be mended: ``PeerError`` or ``NoRoute``; ``UsageError``
+        for what no hop would take.
         """
         async with self.stepping:
+            check_input(segments, hidden, self.setup.hidden_size)
+            check_segments(segments, self.committed, order)
             sent: list[_Awaited] = []
             try:
                 await self._mender.mend()
@@ -318,6 +323,39 @@ async def open_chain(setup: ChainSetup, hops: Sequence[Hop]) -> AsyncIterator[Ch
     finally:
         for line in chain.lines if chain is not None else ():
             line.control.reset()
+
+
+def check_input(segments: Sequence[Segment], hidden: torch.Tensor, hidden_size: int) -> None:
+    """Raise ``UsageError`` for hidden states that hops do not take, one after the other."""
+    shape = (sum(segment.n for segment in segments), hidden_size)
+    if tuple(hidden.shape) != shape or hidden.dtype not in WIRE_DTYPES:
+        raise UsageError(
+            f"Hidden states of shape {tuple(hidden.shape)} and {hidden.dtype} are not those of "
+            "the step.",
+            f"Give {shape}, in float32, bfloat16 or float16.",
+        )
+
+
+def check_segments(
+    segments: Sequence[Segment], lengths: Sequence[int], order: Sequence[int]
+) -> None:
+    """Raise ``UsageError`` for a step that rows of such lengths, once in ``order``, cannot take."""
+    rows = range(len(lengths))
+    fed = [segment.row for segment in segments]
+    if not {*order, *fed} <= set(rows) or len(order) not in (0, len(rows)):
+        raise UsageError(
+            f"The rows {fed} cannot be fed after an order of {list(order)}.",
+            f"Name rows from 0 to {len(rows) - 1}, and in an order one for each.",
+        )
+    if not fed or len(set(fed)) < len(fed):
+        raise UsageError(f"A step cannot feed the rows {fed}.", "Feed at least one, and each once.")
+    for one in segments:
+        length = lengths[order[one.row] if order else one.row]
+        if not (0 <= one.position <= length and 0 <= one.want <= one.n and one.n):
+            raise UsageError(
+                f"{one} does not fit a row of {length} positions.",
+                "Begin where the row ends, or before, and want no more than is fed.",
+            )
 
 
 def chunks(segments: Sequence[Segment], size: int) -> list[list[Segment]]:

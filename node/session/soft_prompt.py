@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from petalnode.errors import UsageError
 from petalnode.models.client import ClientParts
+from petalnode.models.tuning.check import check_prompt
 
 
 class PromptedClient(ClientParts):
@@ -20,7 +20,7 @@ class PromptedClient(ClientParts):
 
     def __init__(self, plain: ClientParts, prompt_PH: Tensor) -> None:
         super().__init__(plain.config, plain._client, plain._parts, plain.dtype)
-        check_prompt(prompt_PH, plain)
+        check_prompt(plain.config, prompt_PH)
         self.prompt_PH = prompt_PH.detach().to(plain.dtype)
 
     @property
@@ -49,15 +49,3 @@ def prefix_of(client: ClientParts) -> tuple[int, ...]:
 def without_prompt(ids: Sequence[int], prefix: Sequence[int]) -> Sequence[int]:
     """The tokens of a sequence, for those who count what was said."""
     return ids[len(prefix) :] if prefix else ids
-
-
-def check_prompt(prompt_PH: Tensor, client: ClientParts) -> None:
-    """Raise ``UsageError`` for a prompt that the model cannot begin with."""
-    size, most = client.config.hidden_size, client.config.max_positions
-    if prompt_PH.ndim != 2 or prompt_PH.shape[1] != size or not 0 < len(prompt_PH) < most:
-        raise UsageError(
-            f"A soft prompt of shape {list(prompt_PH.shape)} does not fit the model.",
-            f"It must be (tokens, {size}), with fewer tokens than the context of {most}.",
-        )
-    if not bool(prompt_PH.isfinite().all()):
-        raise UsageError("The soft prompt holds numbers that are no numbers.", "Train it again.")

@@ -15,7 +15,12 @@ import petalnode
 from petalnode.blocking import open_blocking
 from petalnode.errors import UsageError
 from petalnode.events import Waiting
-from petalnode.hf import PetalnodeForCausalLM, PetalnodeForSequenceClassification
+from petalnode.hf import (
+    PetalnodeForCausalLM,
+    PetalnodeForSequenceClassification,
+    freeze,
+    unfreeze,
+)
 from petalnode.options import NodeOptions
 
 from ..models.reference import load_reference
@@ -62,6 +67,81 @@ def test_train_and_generate_through_two_other_nodes(path):
         assert all(one.grad is not None for one in lora.parameters())
         assert generate(model, ids, mask).shape[0] == 2
     assert loops() == before
+
+
+def test_training_holds_no_tables_beside_the_models_own(path, monkeypatch):
+    """A node's own embeddings and head are for its sessions; a model has them as modules."""
+
+    def never(*_, **__):
+        raise AssertionError("loaded a second time")
+
+    ids, mask = batch()
+    monkeypatch.setattr("petalnode.node.load_client", never)
+    with PetalnodeForCausalLM.from_pretrained(str(path), options=serving(0, 4)) as model:
+        model.enable_lora(2)
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        assert generate(model, ids[:1], mask[:1]).shape[0] == 1
+
+
+def save_lora(path, directory):
+    """Save an adapter that changes much; return the logits of a batch and a text with it."""
+    ids, mask = batch("left", (7, 3))
+    with PetalnodeForCausalLM.from_pretrained(str(path), options=serving(0, 4)) as model:
+        for parameter in model.enable_lora(2).parameters():
+            parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+        model.save_pretrained(directory)
+        return model(ids, attention_mask=mask).logits, generate(model, ids, mask)
+
+
+def test_an_adapter_that_nodes_offer(path, tmp_path):
+    ids, mask = batch("left", (7, 3))
+    logits, text = save_lora(path, tmp_path / "law")
+    options = NodeOptions(
+        host="127.0.0.1", blocks=(0, 4), dtype="float32", adapters=(str(tmp_path / "law"),)
+    )
+    with open_blocking(str(path), options) as node:
+        model = PetalnodeForCausalLM.from_pretrained(str(path), node=node, adapter="law")
+        close(model(ids, attention_mask=mask).logits, logits, mask)
+        assert generate(model, ids, mask).tolist() == text.tolist()
+        assert list(model.parameters()) == []
+        for enable in (model.enable_lora, lambda: model.use_adapter("law")):
+            with pytest.raises(UsageError, match="already"):
+                enable()
+        with pytest.raises(UsageError, match="neither gradients nor"):
+            model(ids, attention_mask=mask, output_hidden_states=True)
+        unfreeze(model.get_input_embeddings())
+        with pytest.raises(UsageError, match="neither gradients nor"):
+            model(ids, attention_mask=mask)
+        freeze(model.local)
+        unfreeze(model.get_output_embeddings())  # behind the blocks: nothing goes through them
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        assert model.get_output_embeddings().weight.grad.any()
+        model.disable()
+        assert not torch.allclose(model(ids, attention_mask=mask).logits, logits, atol=1e-2)
+        with pytest.raises(UsageError, match="no node offers"):
+            model.use_adapter("medicine")
+        model.use_adapter(str(tmp_path / "law"))  # a directory: the client's own
+        assert len(list(model.trained.parameters())) > 0
+        close(model(ids, attention_mask=mask).logits, logits, mask)
+
+
+def test_a_model_that_was_closed_says_so(path):
+    ids, mask = batch()
+    model = PetalnodeForCausalLM.from_pretrained(str(path), options=serving(0, 4))
+    lora, before = model.enable_lora(2), model(ids, attention_mask=mask, labels=ids).loss
+    cache = model.new_cache()
+    model.close()
+    model.close()
+    calls = (
+        lambda: model(ids),
+        before.backward,
+        lambda: generate(model, ids, mask),
+        lambda: generate(model, ids, mask, past_key_values=cache),
+    )
+    for call in calls:
+        with pytest.raises(UsageError, match="closed"):
+            call()
+    assert len(model.state_dict()) == 3 + len(list(lora.parameters()))
 
 
 def test_several_models_on_one_node(path):

@@ -4,10 +4,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from petalnode.errors import UsageError
-from petalnode.hf import PetalnodeForSequenceClassification, freeze, unfreeze
+from petalnode.hf import freeze, unfreeze
+from petalnode.routing.costs import Workload
+from petalnode.training.modules import TrainedParameters
 
 from .swarm_node import model_on
 from .test_forward import batch, close
@@ -154,6 +156,51 @@ def test_generating_with_what_is_trained(both, kind, beams):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_begins_again_after_reset(each, kind):
+    """With the prompt, which lies before each row once more: rows of other lengths fit too."""
+    ids, mask = batch("left", (7, 3))
+    more, longer = batch("left", (4, 9), seed=1)
+    enable(each, kind)
+    with torch.no_grad():
+        want = each.model(more, attention_mask=longer).logits
+        cache = each.model.new_cache()
+        each.model(ids, attention_mask=mask, past_key_values=cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        parts = [
+            each.model(
+                more[:, start:end], attention_mask=longer[:, :end], past_key_values=cache
+            ).logits
+            for start, end in ((0, 6), (6, 9))
+        ]
+    close(torch.cat(parts, 1), want, longer)
+
+
+def test_what_is_fed_first_is_asked_of_the_hops(both):
+    ids, mask = batch("left", (7, 3))
+    with torch.no_grad():
+        both.model(ids, attention_mask=mask, use_cache=True)
+        assert both.node.value.asked == Workload(kv_tokens=7 + 3, context=7)
+        enable(both, "prompt")
+        both.model(ids, attention_mask=mask, use_cache=True)
+    assert both.node.value.asked == Workload(kv_tokens=3 + 7 + 3 + 3, context=3 + 7)
+
+
+def test_a_prompt_of_another_model_is_not_enabled(both):
+    for prompt in (torch.zeros(3, 5), torch.zeros(64), torch.zeros(2048, 64)):
+        with pytest.raises(UsageError, match="prompt"):
+            both.model.enable(TrainedParameters(prompt=prompt))
+    assert list(both.model.parameters()) == []
+
+
+def test_a_prompt_of_numbers_that_are_none_generates_nothing(both):
+    enable(both, "prompt").prompt.data[0, 0] = float("nan")
+    ids, mask = batch(lengths=(4, 4))
+    with pytest.raises(UsageError, match="not finite"):
+        generate(both.model, ids, mask)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_goes_on_with_what_it_was_made_with(each, kind):
     ids, _ = batch(lengths=(7,))
     trained = enable(each, kind)
@@ -254,6 +301,11 @@ def test_files_that_are_not_this_models_are_said(both, nodes, tmp_path):
         both.model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="neither"):
         both.model.load_trained(tmp_path)
+    (tmp_path / "a file").write_text("mine")
+    both.model.enable_lora(2)
+    with pytest.raises(UsageError, match="is a file"):
+        both.model.save_pretrained(tmp_path / "a file")
+    both.model.disable()
     (tmp_path / "local_modules.safetensors").write_bytes(b"12345678 what is this?")
     with pytest.raises(UsageError, match="damaged"):
         both.model.load_trained(tmp_path)
@@ -326,50 +378,3 @@ def test_the_trainer_goes_on_from_a_checkpoint_and_takes_the_best(both, tmp_path
     loaded.load_trained(trainer.state.best_model_checkpoint)
     for one, other in zip(loaded.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_sequence_classification(each, side):
-    model = model_on(each.node, PetalnodeForSequenceClassification, num_labels=3, pad_token_id=0)
-    reference = AutoModelForSequenceClassification.from_pretrained(
-        each.path,
-        num_labels=3,
-        pad_token_id=0,
-        dtype=torch.float32,
-        attn_implementation="eager",
-    ).eval()
-    reference.score.weight.data = model.score.weight.detach().clone()
-    ids, mask = batch(side, (7, 3, 5))
-    labels = torch.tensor([0, 2, 1])
-    got = model(ids, attention_mask=mask, labels=labels)
-    want = reference(ids, attention_mask=mask, labels=labels)
-    close(got.logits, want.logits)
-    close(got.loss, want.loss)
-    assert [name for name, _ in model.named_parameters()] == ["score.weight"]
-    got.loss.backward()
-    want.loss.backward()
-    close(model.score.weight.grad, reference.score.weight.grad)
-
-
-def test_without_a_mask_a_classifier_scores_the_last_that_is_not_padding(both):
-    model = model_on(both.node, PetalnodeForSequenceClassification, num_labels=3, pad_token_id=0)
-    ids, mask = batch("right", (7, 3, 5))
-    close(model(ids).logits, model(ids, attention_mask=mask).logits)
-    model.config.pad_token_id = 299  # the mask says more than what the tokens are
-    close(model(ids, attention_mask=mask).logits[1:2], model(ids[1:2, :3]).logits)
-    with pytest.raises(UsageError, match="Attention weights"):
-        model(ids, output_attentions=True)
-
-
-def test_a_classifiers_score_is_saved(both, tmp_path):
-    model = model_on(both.node, PetalnodeForSequenceClassification, num_labels=3)
-    model.save_pretrained(tmp_path)
-    fresh = model_on(both.node, PetalnodeForSequenceClassification, num_labels=3)
-    fresh.load_trained(tmp_path)
-    assert torch.equal(fresh.score.weight, model.score.weight)
-    ids, mask = batch("left", (4, 4))
-    assert torch.equal(fresh(ids, attention_mask=mask).logits, model(ids, attention_mask=mask)[0])
-    with pytest.raises(UsageError, match="padding"):
-        model(ids)
-    with pytest.raises(UsageError, match="not this model's"):
-        model_on(both.node, PetalnodeForSequenceClassification, num_labels=2).load_trained(tmp_path)

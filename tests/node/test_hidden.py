@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from petalnode.errors import UsageError
+from petalnode.protocol import Segment
 from petalnode.session.hidden import HiddenSession, check_span
 
 from .memory_swarm import open_memory_swarm
@@ -82,6 +83,39 @@ async def test_what_does_not_fit_is_said_and_changes_nothing(checkpoint):
             with pytest.raises(UsageError):
                 session.rollback(position)
         assert session.length == 4
+
+
+WRONG_STEPS = {
+    "another width": ([Segment(0, 4, 2, 2)], states(2)[:, :5]),
+    "a vector": ([Segment(0, 4, 1, 1)], states(1)[0]),
+    "integers": ([Segment(0, 4, 2, 2)], states(2).long()),
+    "float64": ([Segment(0, 4, 2, 2)], states(2).double()),
+    "fewer than it says": ([Segment(0, 4, 2, 2)], states(1)),
+    "more than it says": ([Segment(0, 4, 2, 2)], states(3)),
+    "nothing": ([], states(0)),
+    "no row of the session's": ([Segment(2, 0, 2, 2)], states(2)),
+    "a row twice": ([Segment(0, 4, 1, 1), Segment(0, 4, 1, 1)], states(2)),
+    "more wanted than fed": ([Segment(0, 4, 2, 3)], states(2)),
+    "behind a gap": ([Segment(0, 5, 1, 1)], states(1)),
+    "before the start": ([Segment(0, -1, 1, 1)], states(1)),
+    "no tokens": ([Segment(0, 4, 0, 0)], states(0)),
+    "too short an order": ([Segment(0, 4, 1, 1)], states(1), (0,)),
+    "an order of strangers": ([Segment(0, 4, 1, 1)], states(1), (0, 2)),
+    "behind a gap after an order": ([Segment(0, 4, 1, 1)], states(1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STEPS)
+async def test_a_step_that_no_hop_takes_is_never_sent(checkpoint, wrong):
+    """Else each hop in turn would be lost to it, and its replacements."""
+    hidden = states(6)
+    async with open_memory_swarm(checkpoint, SPANS) as swarm:
+        whole = await at_once(swarm, hidden)
+        async with swarm.chain(*MIDDLE, rows=2) as chain:
+            await chain.forward([Segment(0, 0, 4, 4)], hidden[:4])
+            with pytest.raises(UsageError):
+                await chain.forward(*WRONG_STEPS[wrong])
+            close(await chain.forward([Segment(0, 4, 2, 2)], hidden[4:]), whole[4:])
 
 
 def test_spans_that_are_none():

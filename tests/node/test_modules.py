@@ -52,8 +52,10 @@ class Session:
 
     def __init__(self):
         self.records = weakref.WeakSet()
+        self.told = []
 
-    async def forward(self, hidden, lengths, *, tuning=NOTHING, keep_blocks=False):
+    async def forward(self, hidden, lengths, *, tuning=NOTHING, keep_blocks=False, backward=True):
+        self.told.append(backward)
         assert not hidden.requires_grad
         assert min(lengths) > 0
         assert not any(tensor.requires_grad for _, tensor in tuning.named())
@@ -112,6 +114,18 @@ def trained(kind):
         "deep prompts": {1: BlockTuning(prompt=numbers(2, H, seed=7))},
     }
     return TrainedParameters(Tuning(blocks[kind]))
+
+
+def test_the_session_is_told_whether_backward_may_follow():
+    node, hidden = Inline(), numbers(1, 3, H)
+    blocks = RemoteBlocks(node, trained("lora"))
+    blocks(hidden)
+    with torch.no_grad():
+        blocks(hidden)
+    blocks.trained.requires_grad_(False)
+    blocks(hidden)
+    blocks(hidden.requires_grad_())
+    assert node.session.value.told == [True, False, False, True]
 
 
 def local(parameters, hidden, mask):
@@ -269,6 +283,8 @@ def test_what_does_not_fit_is_said():
         (numbers(2, 3, H), torch.ones(2, 4)),
         (numbers(2, 3, H), torch.ones(2, 1, 3, 3)),
         (numbers(2, 3, H), torch.zeros(2, 3)),
+        (numbers(2, 3, H), [[1, 1, 1], [1, 1, 1]]),
+        ([[[1.0] * H]], None),
     ):
         with pytest.raises(UsageError):
             blocks(hidden, mask)
@@ -301,13 +317,16 @@ def test_prompts(config):
     size = config.hidden_size
     soft = SoftPrompt(config, 3, start=numbers(3, size))
     assert torch.equal(soft.prompt, numbers(3, size))
+    drawn = SoftPrompt(config, 3, seed=4).prompt
+    assert torch.equal(SoftPrompt(config, 3, seed=4, scale=0.04).prompt, 2 * drawn)
+    assert 0.01 < drawn.std() < 0.03
     assert not soft.tuning().blocks
     deep = DeepPrompts(config, 3)
     assert len(deep.tuning().blocks) == config.num_blocks
     assert not deep.tuning().blocks[1].prompt.any()
     assert deep.prompt.shape == (3, size)
     assert "soft" in deep.state_dict()
-    for wrong in ((0, None), (config.max_positions, None), (2, numbers(3, size))):
+    for wrong in ((0, None), (config.max_positions, None), (2, numbers(3, size)), (2, [[1.0]])):
         with pytest.raises(UsageError):
             SoftPrompt(config, wrong[0], start=wrong[1])
 

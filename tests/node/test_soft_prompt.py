@@ -175,5 +175,5 @@ def test_a_prompt_leaves_room_for_a_token(path):
     client = load_client(open_checkpoint(str(path)), dtype="float32")
     most = client.config.max_positions
     assert len(PromptedClient(client, torch.zeros(most - 1, 64)).prefix) == most - 1
-    with pytest.raises(UsageError, match="fewer tokens than the context"):
+    with pytest.raises(UsageError, match="Use a shorter prompt"):
         PromptedClient(client, torch.zeros(most, 64))
