@@ -38,9 +38,9 @@ def examples(node: Node) -> list[Row]:
 async def train(client: Node, rows: Sequence[Row]) -> tuple[list[float], Adapter]:
     """Step after step; the losses, and what was trained."""
     async with client.open_training() as training:
-        config = client.checkpoint.config
-        parameters = new_parameters(OPTIONS, config, training.client, rows)
-        tuner = Tuner(training, training.client, training.compute, OPTIONS, parameters)
+        config, parts = client.checkpoint.config, await client.client_parts()
+        parameters = new_parameters(OPTIONS, config, parts, rows)
+        tuner = Tuner(training, parts, training.compute, OPTIONS, parameters)
         losses = []
         for step in range(OPTIONS.steps):
             result = await tuner.step(rows)

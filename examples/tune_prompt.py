@@ -37,7 +37,7 @@ async def train(client: Node, directory: Path) -> None:
     examples = read_examples(client.checkpoint, OPTIONS, data)
     job = TuneJob(client.checkpoint, OPTIONS, examples, out=directory / "prompt")
     async with client.open_training() as training:
-        await tune(job, training, training.client, training.compute, show)
+        await tune(job, training, await client.client_parts(), training.compute, show)
 
 
 async def complete(client: Node, adapter: str) -> str:

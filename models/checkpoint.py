@@ -60,7 +60,11 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
     def tokenizer(self) -> Tokenizer:
-        """Open the tokenizer. Raises `ModelError` where there is none or it cannot be used."""
+        """Open the tokenizer, once. Raises `ModelError` where there is none that can be used."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         return open_tokenizer(self._source, self.config)
 
     def chat_template(self) -> "ChatTemplate":

@@ -39,7 +39,8 @@ class Memory(Event):
     ``free`` on the device; ``loading`` is kept for one block while it is read, ``kv`` for attention
     caches and activations; a ``block`` takes at most so much; ``fits`` of the model's ``of`` blocks
     go into the rest, and ``blocks`` are chosen, or were asked for. ``left_dense``: matrices of a
-    block that cannot be quantized, because their rows are no multiple of 64 numbers.
+    block that cannot be quantized, because their rows are no multiple of 64 numbers. ``adapters``:
+    what the offered adapters add to a block, counted in its size.
     """
 
     event = "memory"
@@ -54,6 +55,7 @@ class Memory(Event):
     blocks: int
     of: int
     left_dense: Sequence[str] = ()
+    adapters: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,16 @@ class Recovered(Event):
     lost: Sequence[str]
     stall_ms: float
     replayed_tokens: int
+
+
+@dataclass(frozen=True)
+class HopLost(Event):
+    """A hop that trained ``blocks`` failed, as ``why`` says: others compute that part again."""
+
+    event = "lost"
+    peer_id: str
+    blocks: tuple[int, int]
+    why: str
 
 
 @dataclass(frozen=True)

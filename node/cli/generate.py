@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import trio
 
@@ -78,7 +79,11 @@ async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report)
         stop=tuple(arguments.stop),
         num_beams=arguments.num_beams,
     )
-    node_options = NodeOptions(join=tuple(arguments.join), dtype=arguments.dtype)
+    node_options = NodeOptions(
+        join=tuple(arguments.join),
+        dtype=arguments.dtype,
+        cache_dir=Path(arguments.cache_dir) if arguments.cache_dir else None,
+    )
     prompt = checkpoint.tokenizer().encode(arguments.prompt)
     workload = demand(len(prompt), options, checkpoint.config.max_positions)
     async with (

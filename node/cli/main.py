@@ -1,40 +1,43 @@
 """The entry point: parse, run the verb, and turn what went wrong into an exit code.
 
 0 done · 1 failed, one sentence of cause and one of remedy on stderr · 2 wrong usage ·
-130 interrupted. A bug of ours is the one thing that shows a traceback.
+130 interrupted. A bug of ours is the one thing that shows a traceback. What takes time to import is
+imported within ``main``: an interrupt may come at once.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from petalnode.cli.arguments import parse_arguments, refuse_unbuilt
-from petalnode.errors import PetalnodeError
-from petalnode.nurseries import plain_errors
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
 
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Each is a module of its own, imported only when asked for."""
-    arguments = parse_arguments(argv)
-    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
+    """Run one verb."""
     try:
-        with plain_errors():
-            refuse_unbuilt(arguments)
-            verb = importlib.import_module(f"petalnode.cli.{arguments.verb}")
-            return int(verb.main(arguments))
+        return _main(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    from petalnode.cli.arguments import parse_arguments
+    from petalnode.errors import PetalnodeError
+
+    arguments = parse_arguments(argv)
+    try:
+        return _run(arguments)
     except PetalnodeError as error:
         print(f"petalnode: {error.cause}", file=sys.stderr)
         if error.remedy:
             print(f"  {error.remedy}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has read enough
         drop_stdout()
         return 1
@@ -43,6 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"petalnode: The system refused: {error.strerror or error}.", file=sys.stderr)
         print("  Check the disk, the terminal and the limits of this process.", file=sys.stderr)
         return 1
+
+
+def _run(arguments: Namespace) -> int:
+    """Each verb is a module of its own, imported only when asked for."""
+    import logging
+    from importlib import import_module
+
+    from petalnode.cli.arguments import refuse_unbuilt
+    from petalnode.nurseries import plain_errors
+
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
+    with plain_errors():
+        refuse_unbuilt(arguments)
+        verb = import_module(f"petalnode.cli.{arguments.verb}")
+        return int(verb.main(arguments))
 
 
 def drop_stdout() -> None:

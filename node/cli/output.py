@@ -68,6 +68,11 @@ def span(blocks: tuple[int, int]) -> str:
     return f"blocks {blocks[0]}:{blocks[1]}"
 
 
+def amount(count: int, what: str) -> str:
+    """``1 step``, ``1,200 steps``."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
 def _listening(event: events.Listening) -> None:
     for addr in event.addrs:
         note(f"listening on {addr}")
@@ -80,6 +85,8 @@ def _memory(event: events.Memory) -> None:
     form = event.dtype if event.quant == "none" else f"{event.quant} and {event.dtype}"
     sizes = (event.free, event.loading, event.kv, event.block)
     free, loading, kv, block = map(readable_bytes, sizes)
+    if event.adapters:
+        form += f", {readable_bytes(event.adapters)} of that for adapters"
     note(
         f"memory: {free} free on {event.device}, less {loading} to read a block and {kv} for "
         f"attention caches; a block takes {block} in {form}, so {event.fits} of {event.of} blocks "
@@ -114,11 +121,12 @@ def _ready(event: events.Ready) -> None:
 
 
 def _draining(event: events.Draining) -> None:
-    note(f"draining: {event.sessions} sessions open; Ctrl-C again to stop at once")
+    note(f"draining: {amount(event.sessions, 'session')} open; Ctrl-C again to stop at once")
 
 
 def _moving(event: events.Moving) -> None:
-    wait = f", once {event.sessions} sessions have ended" if event.sessions else ""
+    have = "has" if event.sessions == 1 else "have"
+    wait = f", once {amount(event.sessions, 'session')} {have} ended" if event.sessions else ""
     note(f"moving from {span(event.blocks)} to {span(event.to)}, which the swarm needs more{wait}")
 
 
@@ -149,6 +157,11 @@ def _recovered(event: events.Recovered) -> None:
     note(f"\n  [{what} in {event.stall_ms:.0f} ms, the text goes on]")
 
 
+def _lost(event: events.HopLost) -> None:
+    note(f"lost {short(event.peer_id)}, which trained {span(event.blocks)}: {event.why}")
+    note("  its part is computed again by others; the numbers are the same")
+
+
 def _token(event: events.TokenEvent) -> None:
     print(event.text, end="", flush=True)
 
@@ -156,7 +169,7 @@ def _token(event: events.TokenEvent) -> None:
 def _done(event: events.Done) -> None:
     print(flush=True)
     note(
-        f"{len(event.tokens)} tokens ({event.finish_reason}), first after "
+        f"{amount(len(event.tokens), 'token')} ({event.finish_reason}), first after "
         f"{event.ttft_ms:.0f} ms, then {event.tokens_per_s:.1f} tokens/s"
     )
 
@@ -178,6 +191,7 @@ SENTENCES: dict[type[Event], Callable[..., None]] = {
     events.Waiting: _waiting,
     events.Route: _route,
     events.Recovered: _recovered,
+    events.HopLost: _lost,
     events.TokenEvent: _token,
     events.Done: _done,
     events.Swarm: _swarm,

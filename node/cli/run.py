@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -10,12 +9,12 @@ from pathlib import Path
 import trio
 
 from petalnode.cli.output import end_progress, reporter
+from petalnode.cli.signals import asking_to_end, kill_from_now_on
 from petalnode.events import Refused, Report, Stopped
 from petalnode.joining import parse_joins
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 from petalnode.options import NodeOptions
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REFUSALS_EVERY_S = 60.0
 """How often at most it is told what gossip was refused."""
 
@@ -40,7 +39,7 @@ async def serve(checkpoint: Checkpoint, arguments: Namespace, report: Report) ->
 
     options = node_options(arguments)
     drained = False
-    with trio.open_signal_receiver(*SIGNALS) as signals:
+    with trio.open_signal_receiver(*asking_to_end()) as signals:
         async with trio.open_nursery() as nursery:
             serving, drain = trio.Event(), trio.Event()
             nursery.start_soon(watch_signals, signals, serving, drain, nursery.cancel_scope)
@@ -71,6 +70,7 @@ def node_options(arguments: Namespace) -> NodeOptions:
         port=arguments.port,
         announce=tuple(arguments.announce),
         adapters=tuple(arguments.adapter),
+        cache_dir=Path(arguments.cache_dir) if arguments.cache_dir else None,
         name=arguments.name,
         identity=Path(arguments.identity) if arguments.identity else None,
     )
@@ -96,7 +96,6 @@ async def watch_signals(
     async for _ in signals:
         if drain.is_set() or not serving.is_set():
             scope.cancel()
-            for one in SIGNALS:
-                signal.signal(one, signal.SIG_DFL)
+            kill_from_now_on()
             return
         drain.set()

@@ -5,7 +5,6 @@ The first interrupt saves the last step and leaves; a second one does not wait f
 
 from __future__ import annotations
 
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from petalnode import events
-from petalnode.cli.output import BAR_WIDTH, ProgressLine, end_progress, note, reporter
+from petalnode.cli.output import BAR_WIDTH, ProgressLine, amount, end_progress, note, reporter
+from petalnode.cli.signals import asking_to_end, kill_from_now_on
 from petalnode.errors import UsageError
 from petalnode.events import Event, Report
 from petalnode.joining import parse_joins
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from petalnode.training.tuner import TuneOptions
     from petalnode.training.tuning_run import TuneJob
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAID_EVERY = 10
 """Steps; where there is no terminal to show each."""
 READ_SHOWN_BYTES = 1 << 20
@@ -37,6 +36,8 @@ READ_SHOWN_BYTES = 1 << 20
 
 def main(arguments: Namespace) -> int:
     """Check and read what can be without a swarm, then train."""
+    from petalnode.training.checkpoints import claimed
+
     if not arguments.join:
         raise UsageError(
             "There is no swarm to train through: no --join was given.",
@@ -49,7 +50,9 @@ def main(arguments: Namespace) -> int:
             arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir
         )
         job = prepare(checkpoint, arguments, report)
-        trio.run(train, job, arguments, report)
+        with claimed(Path(arguments.out)):
+            job = job.resumed() if arguments.resume else job.begun()
+            trio.run(train, job, arguments, report)
     finally:
         end_progress()
         report.progress.end()
@@ -57,7 +60,8 @@ def main(arguments: Namespace) -> int:
 
 
 def prepare(checkpoint: Checkpoint, arguments: Namespace, report: Reporter) -> TuneJob:
-    """The job that the flags describe, its data read. Raises ``UsageError`` and ``ModelError``."""
+    """The job that the flags describe, its data read, not begun. Raises ``UsageError`` and
+    ``ModelError``."""
     from petalnode.training.checkpoints import check_free, load_run
     from petalnode.training.tuner import check_options
     from petalnode.training.tuning_run import TuneJob, read_examples
@@ -73,7 +77,7 @@ def prepare(checkpoint: Checkpoint, arguments: Namespace, report: Reporter) -> T
         check_free(out)
     read = partial(read_examples, checkpoint, options, started=started)
     evaluation = None if arguments.eval is None else read_data(Path(arguments.eval), read, report)
-    job = TuneJob(
+    return TuneJob(
         checkpoint,
         options,
         read_data(Path(arguments.data), read, report),
@@ -83,7 +87,6 @@ def prepare(checkpoint: Checkpoint, arguments: Namespace, report: Reporter) -> T
         started=started,
         dtype=arguments.dtype,
     )
-    return job.resumed() if arguments.resume else job.begun()
 
 
 def options_of(arguments: Namespace) -> TuneOptions:
@@ -124,14 +127,15 @@ async def train(job: TuneJob, arguments: Namespace, report: Report) -> None:
 
     options = NodeOptions(join=tuple(arguments.join), dtype=arguments.dtype)
     done = False
-    with trio.open_signal_receiver(*SIGNALS) as signals:
+    with trio.open_signal_receiver(*asking_to_end()) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, signals, nursery.cancel_scope)
             async with (
                 open_node(job.checkpoint, options, report) as node,
                 node.open_training(report=report) as training,
             ):
-                await tune(job, training, training.client, training.compute, report)
+                client = await node.client_parts()
+                await tune(job, training, client, training.compute, report)
                 done = True
             nursery.cancel_scope.cancel()
     if not done:
@@ -142,8 +146,7 @@ async def stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -
     """The first signal cancels the scope; one more kills the process."""
     async for _ in signals:
         scope.cancel()
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_DFL)
+        kill_from_now_on()
         return
 
 
@@ -195,10 +198,11 @@ class Reporter:
 
     def _data(self, event: events.TuningData) -> None:
         cut = f"; {event.cut} cut to the context" if event.cut else ""
-        dropped = f"; {event.dropped} dropped, their prompts alone fill it" if event.dropped else ""
+        whose = "its prompt alone fills it" if event.dropped == 1 else "their prompts alone fill it"
+        dropped = f"; {event.dropped} dropped, {whose}" if event.dropped else ""
         self._say(
-            f"{event.file}: {event.rows:,} examples, {event.learned:,} of {event.tokens:,} tokens "
-            f"are learned{cut}{dropped}"
+            f"{event.file}: {amount(event.rows, 'example')}, {event.learned:,} of "
+            f"{amount(event.tokens, 'token')} to learn{cut}{dropped}"
         )
 
     def _resumed(self, event: events.TuningResumed) -> None:
@@ -225,7 +229,7 @@ class Reporter:
         found = "" if event.eval_loss is None else f", validation loss {event.eval_loss:.4f}"
         last = "" if event.loss is None else f": last loss {event.loss:.4f}{found}"
         model, out = self._arguments.model, self._arguments.out
-        self._say(f"{event.steps} steps done{last}")
+        self._say(f"{amount(event.steps, 'step')} done{last}")
         self._say(f"use it: petalnode generate {model} PROMPT --adapter {out} --join JOIN")
 
 

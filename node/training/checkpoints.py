@@ -9,11 +9,13 @@ a full disk, finds whole files, the state being that of one step.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,25 +70,20 @@ def save_run(
     """Put the run's files in the place of those before. Raises ``PetalnodeError`` where the disk
     does not take them; then the ones before are untouched."""
     aside = directory / ASIDE
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        said = json.dumps({"format": FORMAT, **asdict(progress)})
-        save_file(dict(state), aside / STATE, metadata={KEY: said})
-        save_adapter(aside, adapter, config, base_model)
-        for name in (STATE, WEIGHTS, CONFIG):
-            _to_disk(aside / name)
-        for name in (STATE, WEIGHTS, CONFIG):
-            os.replace(aside / name, directory / name)
-    except (OSError, SafetensorError) as error:
-        raise _unsaved(directory, error) from error
-    except UsageError as error:
-        if isinstance(error.__cause__, OSError):
-            raise _unsaved(directory, error.__cause__) from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    said = json.dumps({"format": FORMAT, **asdict(progress)})
+    with _unsaved_where_the_disk_refuses(directory):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            save_file(dict(state), aside / STATE, metadata={KEY: said})
+            save_adapter(aside, adapter, config, base_model)
+            for name in (STATE, WEIGHTS, CONFIG):
+                _to_disk(aside / name)
+            for name in (STATE, WEIGHTS, CONFIG):
+                os.replace(aside / name, directory / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_run(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
@@ -140,6 +137,22 @@ def check_free(directory: Path) -> None:
             )
 
 
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Make the directory, and keep other runs out of it until the end of this one, or its death.
+
+    The lock is the directory's own, so that it leaves no file; where the disk knows no locks,
+    nobody is kept out. Raises ``UsageError`` where another run is, or nothing can be saved.
+    """
+    make_directory(directory)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        _lock(descriptor, directory)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def make_directory(directory: Path) -> None:
     """Make sure, before anything is trained, that a run can be saved there. Raises
     ``UsageError``."""
@@ -152,6 +165,30 @@ def make_directory(directory: Path) -> None:
             f"Nothing can be saved in {directory}: {error.strerror or error}.",
             "Choose another --out.",
         ) from error
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"Another run is saving in {directory} now.",
+            "Wait until it has ended, or choose another --out.",
+        ) from None
+    except OSError:
+        pass  # some network disks have no such locks
+
+
+@contextmanager
+def _unsaved_where_the_disk_refuses(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _unsaved(directory, error) from error
+    except UsageError as error:
+        if isinstance(error.__cause__, OSError):
+            raise _unsaved(directory, error.__cause__) from error
+        raise
 
 
 def _unsaved(directory: Path, error: Exception) -> PetalnodeError:

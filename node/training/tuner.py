@@ -48,9 +48,10 @@ class Training(Protocol):
     """What a tuner needs of a session: see ``Node.open_training``."""
 
     async def forward(
-        self, hidden: Tensor, lengths: Sequence[int], *, tuning: Tuning = ...
+        self, hidden: Tensor, lengths: Sequence[int], *, tuning: Tuning = ..., backward: bool = ...
     ) -> tuple[Tensor, Any]:
-        """Outputs [T, H] of rows one after the other, and the record that backward needs."""
+        """Outputs [T, H] of rows one after the other, and the record that ``backward`` needs, if
+        that is to follow."""
 
     async def backward(self, record: Any, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients [T, H] of the inputs, and of the tuning's tensors by name."""
@@ -168,7 +169,9 @@ class StepResult:
 class Tuner:
     """Trains ``parameters`` through ``training``; ``done`` steps are behind it.
 
-    One user at a time. A step that is cancelled, or raises, changes nothing.
+    One user at a time. A step that is cancelled, or raises, changes nothing. A step that ended well
+    may still have led to where no loss is finite: that is known after the next forward pass, and
+    until then the state before it is kept, for ``step_back``.
     """
 
     def __init__(
@@ -182,6 +185,7 @@ class Tuner:
         self.options, self.parameters, self.done = options, parameters, 0
         self._training, self._client, self._compute = training, client, compute
         self._named = dict(parameters.named_parameters())
+        self._before: dict[str, Tensor] | None = None
         self._optimizer = torch.optim.AdamW(
             self._named.values(), lr=options.rate, weight_decay=WEIGHT_DECAY, foreach=False
         )
@@ -199,23 +203,34 @@ class Tuner:
         head = partial(mean_loss_and_gradient, self._client, batch, output)
         loss, grad = await self._compute.run(head)
         _check(loss, f"loss of step {number}")
+        self._before = None
         with _naming(f"Step {number}"):
             grad_in, grads = await self._training.backward(record, grad)
         await self._compute.run(partial(self._update, batch, grad_in, grads))
         return StepResult(loss, sum(batch.lengths))
 
-    async def evaluate(self, rows: Sequence[Row]) -> float:
-        """The mean loss over the learned tokens of all rows, some at a time. Raises as ``step``."""
+    async def evaluate(self, rows: Sequence[Row], kind: str = "validation") -> float:
+        """The mean loss over the learned tokens of all rows, some at a time; ``kind`` is what an
+        error calls it. Raises as ``step``."""
+        what = f"{kind} loss after step {self.done}"
         total, tokens, size = 0.0, 0, self.options.batch_size
         for first in range(0, len(rows), size):
             begin = partial(self._begin, rows[first : first + size])
             batch, hidden, tuning = await self._compute.run(begin)
-            with _naming(f"Validation after step {self.done}"):
-                output, _ = await self._training.forward(hidden, batch.lengths, tuning=tuning)
+            with _naming(what.capitalize()):
+                output, _ = await self._training.forward(
+                    hidden, batch.lengths, tuning=tuning, backward=False
+                )
             total += await self._compute.run(partial(summed_loss, self._client, batch, output))
             tokens += len(batch.targets_L)
-        _check(total, f"validation loss after step {self.done}")
+        _check(total, what)
+        self._before = None
         return total / tokens
+
+    def step_back(self) -> None:
+        """Undo the last step, unless a loss after it was finite."""
+        if self._before is not None:
+            self.restore(self.done - 1, self._before)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of what a later run goes on from: parameters, and AdamW's means of each."""
@@ -242,7 +257,7 @@ class Tuner:
                 "exp_avg": state[f"exp_avg.{name}"].clone(),
                 "exp_avg_sq": state[f"exp_avg_sq.{name}"].clone(),
             }
-        self.done = done
+        self.done, self._before = done, None
 
     def _begin(self, rows: Sequence[Row]) -> tuple[RowBatch, Tensor, Tuning]:
         batch = make_batch(rows, self.options.virtual_tokens)
@@ -258,6 +273,7 @@ class Tuner:
         self._optimizer.param_groups[0]["lr"] = self.options.rate_at(self.done)
         length = torch.nn.utils.clip_grad_norm_(self._named.values(), LONGEST_GRADIENT)
         _check(float(length), f"gradient of step {self.done + 1}")
+        self._before = self.state()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.done += 1

@@ -1,9 +1,11 @@
 """A whole training run: steps, validation, saving, and going on where one was left.
 
     async with node.open_training() as training:
-        await tune(job, training, training.client, training.compute, report)
+        await tune(job, training, await node.client_parts(), training.compute, report)
 
-A run that is cancelled, or loses its swarm, saves its last step first.
+Saved is only what can go on: a step after which a forward pass, of the validation or else of the
+next batch, gave a finite loss. A run that is cancelled, or loses its swarm, saves the last such
+step first: where it was cut in a forward pass, the step before the last.
 """
 
 from __future__ import annotations
@@ -38,11 +40,10 @@ from petalnode.training.checkpoints import (
     check_free,
     check_same_run,
     load_run,
-    make_directory,
     save_run,
 )
 from petalnode.training.data import Dataset, Reading, Shuffle, read_dataset
-from petalnode.training.encoding import Encoder
+from petalnode.training.encoding import Encoder, Row
 from petalnode.training.protocol import MAX_MICRO_TOKENS
 from petalnode.training.tuner import StepFailed, Training, TuneOptions, Tuner, new_parameters
 
@@ -52,8 +53,8 @@ class TuneJob:
     """What is trained on what. Without ``out`` nothing is saved.
 
     Every ``save_every`` steps, and after the last, the loss on ``evaluation`` is taken and the run
-    saved. ``saved`` is a run to go on with, ``started`` as in ``Progress``; ``dtype`` is what was
-    asked of the client's part.
+    saved; let ``out`` be ``claimed`` meanwhile. ``saved`` is a run to go on with, ``started`` as in
+    ``Progress``; ``dtype`` is what was asked of the client's part.
     """
 
     checkpoint: Checkpoint
@@ -80,15 +81,12 @@ class TuneJob:
         assert self.out is not None
         saved = load_run(self.out)
         check_same_run(self.out, saved[0], self.settings())
-        make_directory(self.out)
         return replace(self, saved=saved)
 
     def begun(self) -> TuneJob:
-        """The job in an ``out`` of its own, which is made. Raises ``UsageError`` where something
-        is there, or nothing can be."""
+        """The job in an ``out`` of its own. Raises ``UsageError`` where something is there."""
         if self.out is not None:
             check_free(self.out)
-            make_directory(self.out)
         return self
 
 
@@ -131,8 +129,8 @@ async def tune(
 ) -> TuningDone:
     """Train to the last step, and return the event that says how it ended.
 
-    Raises what ``Tuner.step`` raises: after all but ``StepFailed`` the last step is saved first, as
-    it is when this is cancelled.
+    Raises what ``Tuner.step`` raises: after all but ``StepFailed`` the last step that can go on is
+    saved first, as it is when this is cancelled.
     """
     tuner = await compute.run(partial(_begin, job, training, client, compute))
     run = _Run(job, tuner, compute, report)
@@ -142,7 +140,7 @@ async def tune(
         raise  # the parameters may be on their way to nowhere: what was saved is better
     except (PetalnodeError, trio.Cancelled):
         with trio.CancelScope(shield=True):
-            await run.save()
+            await run.leave()
         raise
     done = TuningDone(run.progress.loss, run.progress.eval_loss, tuner.done)
     report(done)
@@ -167,6 +165,7 @@ class _Run:
         self._shuffle = Shuffle(len(job.data.rows), job.options.seed)
         started = job.started or datetime.now().isoformat()
         self.progress = job.saved[0] if job.saved else Progress(job.settings(), started)
+        self._previous = self.progress
         self._saved = self._first = tuner.done
         self._began = 0.0
 
@@ -178,10 +177,18 @@ class _Run:
             last = self._tuner.done >= self._job.options.steps
             if last or self._tuner.done % self._job.save_every == 0:
                 await self._evaluate()
+                await self._look_ahead()
                 await self.save()
             if last:
                 return
             await self._step()
+
+    async def leave(self) -> None:
+        """Save the last step that can go on."""
+        await self._compute.run(self._tuner.step_back)
+        if self._tuner.done < self.progress.step:
+            self.progress = self._previous
+        await self.save()
 
     async def save(self) -> None:
         """Save the last step, if it is not."""
@@ -198,14 +205,19 @@ class _Run:
         adapter = Adapter(tuning, None if prompt is None else prompt.detach().clone())
         save_run(out, self.progress, tuner.state(), adapter, checkpoint.config, checkpoint.name)
 
+    def _next_rows(self) -> list[Row]:
+        rows = self._job.data.rows
+        chosen = self._shuffle.batch(self._tuner.done, self._job.options.batch_size)
+        return [rows[index] for index in chosen]
+
     async def _step(self) -> None:
-        options, rows = self._job.options, self._job.data.rows
-        chosen = self._shuffle.batch(self._tuner.done, options.batch_size)
+        options, rows = self._job.options, self._next_rows()
         before = trio.current_time()
         if self._tuner.done == self._first:
             self._began = before
-        result = await self._tuner.step([rows[index] for index in chosen])
+        result = await self._tuner.step(rows)
         now, done = trio.current_time(), self._tuner.done
+        self._previous = self.progress
         self.progress = replace(self.progress, step=done, loss=result.loss)
         each = (now - self._began) / (done - self._first)
         self._report(
@@ -218,6 +230,12 @@ class _Run:
                 seconds_left=round(each * (options.steps - done), 1),
             )
         )
+
+    async def _look_ahead(self) -> None:
+        """Where there was no validation: see that what is to be saved can go on."""
+        unknown = self._tuner.done > self._saved and self._job.evaluation is None
+        if unknown and self._job.out is not None:
+            await self._tuner.evaluate(self._next_rows(), kind="training")
 
     async def _evaluate(self) -> None:
         done = self._tuner.done

@@ -9,10 +9,20 @@ from threading import Timer
 
 import pytest
 
+from petalnode.cli import tune
 from petalnode.cli.arguments import build_parser, parse_arguments
 from petalnode.cli.main import main
 from petalnode.cli.tune import Reporter, duration
-from petalnode.events import TuningData, TuningDone, TuningEval, TuningStep
+from petalnode.events import (
+    Draining,
+    HopLost,
+    Moving,
+    TuningData,
+    TuningDone,
+    TuningEval,
+    TuningStep,
+)
+from petalnode.training.checkpoints import claimed
 
 from .test_processes import DEADLINE_S, command, environment, serving
 
@@ -42,7 +52,7 @@ def data(tmp_path):
 
 
 def tuning(swarm, data, out, *flags):
-    small = ["--steps", "6", "--batch-size", "2", "--save-every", "2", "--lr", "0.01"]
+    small = ["--steps", "12", "--batch-size", "2", "--save-every", "4", "--lr", "0.01"]
     small += ["--rank", "2", "--prompt-tokens", "4"]
     files = ["--data", str(data), "--eval", str(data), "--out", str(out)]
     return ["tune", "demo", "--join", swarm["invite"], "--json", *files, *small, *flags]
@@ -81,9 +91,9 @@ def test_a_run_an_interrupted_one_a_killed_one(swarm, environment, data, tmp_pat
     """The two that are stopped are processes of their own."""
     whole = finished(capsys, tuning(swarm, data, tmp_path / "whole"))
     losses = [event["loss"] for event in of(whole, "step")]
-    assert [event["step"] for event in of(whole, "step")] == [1, 2, 3, 4, 5, 6]
-    assert [event["step"] for event in of(whole, "eval")] == [0, 2, 4, 6]
-    assert [event["step"] for event in of(whole, "saved")] == [2, 4, 6]
+    assert [event["step"] for event in of(whole, "step")] == list(range(1, 13))
+    assert [event["step"] for event in of(whole, "eval")] == [0, 4, 8, 12]
+    assert [event["step"] for event in of(whole, "saved")] == [4, 8, 12]
     assert all(event["tokens_per_s"] > 0 for event in of(whole, "step"))
     assert whole[-1]["event"] == "done"
     assert whole[-1]["loss"] == losses[-1]
@@ -91,10 +101,11 @@ def test_a_run_an_interrupted_one_a_killed_one(swarm, environment, data, tmp_pat
     assert of(whole, "saved")[0]["dir"] == str(tmp_path / "whole")
 
     out = tmp_path / "stopped"
-    events, code = stopped_at(tuning(swarm, data, out), environment, 3, signal.SIGINT)
+    seldom = ["--save-every", "100"]
+    events, code = stopped_at(tuning(swarm, data, out, *seldom), environment, 3, signal.SIGINT)
     assert code == 130
-    assert of(events, "saved")[-1]["step"] >= 3
-    events, code = stopped_at(tuning(swarm, data, out, "--resume"), environment, 5, signal.SIGKILL)
+    assert of(events, "saved")[-1]["step"] >= 2
+    events, code = stopped_at(tuning(swarm, data, out, "--resume"), environment, 9, signal.SIGKILL)
     assert code == -signal.SIGKILL
     at = of(events, "resumed")[0]["step"]
     assert of(events, "step")[0]["loss"] == losses[at]
@@ -164,7 +175,7 @@ def test_the_environment_gives_flags_that_must_be_there():
 def test_sentences_for_a_person(capsys):
     arguments = parse_arguments(["tune", "demo", "--data", "x", "--out", "y"], {})
     report = Reporter(arguments)
-    report(TuningData("x", 1200, 5000, 4000, 3, 1))
+    report(TuningData("x", 1200, 5000, 4000, 3, 2))
     for step in (9, 10):
         report(TuningStep(step, 20, 2.5, 812.4, 0.01, 75.0))
     report(TuningEval(10, 3.25))
@@ -172,13 +183,57 @@ def test_sentences_for_a_person(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "x: 1,200 examples, 4,000 of 5,000 tokens are learned; 3 cut to the context; 1 dropped, "
+        "x: 1,200 examples, 4,000 of 5,000 tokens to learn; 3 cut to the context; 2 dropped, "
         "their prompts alone fill it",
         "step 10/20: loss 2.500, 812 tokens/s, 75 s left",
         "step 10: validation loss 3.2500",
         "20 steps done: last loss 2.0000, validation loss 3.0000",
         "use it: petalnode generate demo PROMPT --adapter y --join JOIN",
     ]
+
+
+def test_sentences_of_one(capsys):
+    report = Reporter(parse_arguments(["tune", "demo", "--data", "x", "--out", "y"], {}))
+    report(TuningData("x", 1, 2, 1, 1, 1))
+    report(TuningDone(2.0, None, 1))
+    report(Draining(1))
+    report(Moving((0, 2), (2, 4), sessions=1))
+    assert capsys.readouterr().err.splitlines() == [
+        "x: 1 example, 1 of 2 tokens to learn; 1 cut to the context; 1 dropped, its prompt alone "
+        "fills it",
+        "1 step done: last loss 2.0000",
+        "use it: petalnode generate demo PROMPT --adapter y --join JOIN",
+        "draining: 1 session open; Ctrl-C again to stop at once",
+        "moving from blocks 0:2 to blocks 2:4, which the swarm needs more, once 1 session has "
+        "ended",
+    ]
+
+
+def test_a_hop_that_is_lost_is_told(capsys):
+    lost = HopLost("peer-abcdef", (2, 5), "The peer is gone.")
+    verb = ["tune", "demo", "--data", "x", "--out", "y"]
+    Reporter(parse_arguments(verb, {}))(lost)
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[0]) == (
+        "",
+        "lost …abcdef, which trained blocks 2:5: The peer is gone.",
+    )
+    Reporter(parse_arguments([*verb, "--json"], {}))(lost)
+    out, err = capsys.readouterr()
+    said = {"event": "lost", "peer_id": "peer-abcdef", "blocks": [2, 5], "why": "The peer is gone."}
+    assert (json.loads(out), err) == (said, "")
+
+
+def test_two_runs_do_not_share_a_directory(capsys, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    async def other_run(*_):
+        with claimed(out):
+            pass
+
+    monkeypatch.setattr(tune, "train", other_run)
+    verb = ["tune", "demo", "--join", PEER, "--data", str(data), "--out", str(out)]
+    assert "Another run is saving in" in fails(capsys, *verb)
 
 
 def test_the_guide_names_flags_that_there_are():

@@ -1,19 +1,23 @@
 """Training runs: saved and taken up again, ended in every way."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 import trio
 
+from petalnode.cli.arguments import parse_arguments
+from petalnode.cli.tune import Reporter, prepare
 from petalnode.errors import NoRoute, PetalnodeError, UsageError
 from petalnode.events import TuningEval, TuningSaved, TuningStep
 from petalnode.models.tuning.peft_files import load_adapter
 from petalnode.training import checkpoints
 from petalnode.training import loss as losses
-from petalnode.training.checkpoints import STATE, load_run
+from petalnode.training.checkpoints import STATE, claimed, load_run
 from petalnode.training.loss import make_batch
 from petalnode.training.tuner import (
     METHODS,
@@ -21,7 +25,7 @@ from petalnode.training.tuner import (
 )
 
 from .local_training import LocalTraining
-from .tuning_jobs import OPTIONS, examples, job_of, run, training
+from .tuning_jobs import OPTIONS, examples, job_of, rows_of_batch, run, training
 
 __all__ = ["training"]
 
@@ -100,11 +104,18 @@ def cut_at(calls, cut):
     return before
 
 
-async def test_an_interrupt_saves_the_last_step(training, tmp_path):
+@pytest.mark.parametrize(("calls", "step"), [(13, 4), (14, 5)])
+async def test_an_interrupt_saves_the_last_step_that_can_go_on(training, tmp_path, calls, step):
+    """In the forward of step 6 it is not known whether there is a way on from step 5."""
     with trio.CancelScope() as scope:
-        training.before = cut_at(13, scope.cancel)  # in the forward of step 6
+        training.before = cut_at(calls, scope.cancel)
         await run(job_of(training, tmp_path, save_every=100), training)
-    assert load_run(tmp_path)[0].step == 5
+    whole = await run(job_of(training, tmp_path / "whole", steps=6), training)
+    progress = load_run(tmp_path)[0]
+    assert (progress.step, progress.loss) == (step, whole.losses[step - 1])
+    training.before = lambda kind: None
+    rest = await run(job_of(training, tmp_path).resumed(), training)
+    assert rest.losses == whole.losses[step:]
 
 
 async def test_the_last_evaluation_is_made_up_for(training, tmp_path):
@@ -114,7 +125,7 @@ async def test_the_last_evaluation_is_made_up_for(training, tmp_path):
         await run(job_of(training, tmp_path / "cut", save_every=100), training)
     training.before = lambda kind: None
     rest = await run(job_of(training, tmp_path / "cut").resumed(), training)
-    assert rest.losses == []
+    assert rest.losses == whole.losses[-1:]
     assert rest.done == whole.done
     assert rest.done.eval_loss != whole.of(TuningEval)[0].loss
 
@@ -123,7 +134,7 @@ async def test_a_swarm_that_is_lost_costs_no_step(training, tmp_path):
     def gone():
         raise NoRoute("Nobody serves block 2.")
 
-    training.before = cut_at(9, gone)  # in the forward of step 4
+    training.before = cut_at(10, gone)  # in the backward of step 4
     with pytest.raises(NoRoute):
         await run(job_of(training, tmp_path, save_every=100), training)
     assert load_run(tmp_path)[0].step == 3
@@ -147,7 +158,9 @@ async def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_r
     assert load_adapter(tmp_path, training.checkpoint.config)
 
 
-@pytest.mark.parametrize(("calls", "said"), [(8, "Step 3: "), (6, "Validation after step 2: ")])
+@pytest.mark.parametrize(
+    ("calls", "said"), [(8, "Step 3: "), (6, "Validation loss after step 2: ")]
+)
 async def test_numbers_that_the_chain_cannot_take_are_not_saved(training, tmp_path, calls, said):
     """A hop finds infinity first: that too names the step, and what was saved stays."""
 
@@ -162,6 +175,30 @@ async def test_numbers_that_the_chain_cannot_take_are_not_saved(training, tmp_pa
     assert caught.value.cause == said + "Block 2 makes infinite numbers."
     kept = load_run(tmp_path)[0].step
     assert kept == 2 if calls == 8 else (tmp_path / STATE).read_bytes() == before
+
+
+async def test_what_has_no_finite_loss_after_it_is_not_saved(training, tmp_path, monkeypatch):
+    """Without a validation the next batch tells: here what step 4 led to has no number."""
+    real, seen = losses.summed_loss, []
+
+    def broken(client, batch, output):
+        seen.append(batch.lengths)
+        return math.nan if len(seen) == 2 else real(client, batch, output)
+
+    monkeypatch.setattr("petalnode.training.tuner.summed_loss", broken)
+    job = job_of(training, tmp_path, evaluation=None)
+    with pytest.raises(StepFailed, match="training loss after step 4 is nan"):
+        await run(job, training)
+    assert load_run(tmp_path)[0].step == 2
+    batches = [rows_of_batch(job, number) for number in (2, 4)]
+    assert seen == [[len(one.ids) - 1 for one in rows] for rows in batches]
+
+
+async def test_nobody_looks_ahead_where_nothing_is_saved(training):
+    asked = []
+    training.before = asked.append
+    await run(job_of(training, evaluation=None), training)
+    assert asked == ["forward", "backward"] * OPTIONS["steps"]
 
 
 async def test_a_full_disk_keeps_what_was_saved(training, tmp_path, monkeypatch):
@@ -199,8 +236,7 @@ async def test_a_disk_that_is_full_from_the_beginning_leaves_nothing_to_resume(
 async def test_what_a_killed_run_left_aside_does_not_matter(training, tmp_path):
     (tmp_path / checkpoints.ASIDE).mkdir()
     (tmp_path / checkpoints.ASIDE / STATE).write_bytes(b"half")
-    job = job_of(training, tmp_path, steps=1).begun()
-    await run(job, training)
+    await run(job_of(training, tmp_path, steps=1).begun(), training)
     assert load_run(tmp_path)[0].step == 1
     assert not (tmp_path / checkpoints.ASIDE).exists()
 
@@ -231,10 +267,45 @@ async def test_a_run_of_another_model_is_not_resumed(training, tmp_path, tiny_ch
 
 
 async def test_a_finished_run_is_done_at_once(training, tmp_path):
+    """And evaluates nothing again."""
     first = await run(job_of(training, tmp_path), training)
+    training.before = cut_at(1, pytest.fail)
     again = await run(job_of(training, tmp_path).resumed(), training)
     assert again.losses == []
     assert again.done == first.done
+
+
+async def test_the_time_of_its_beginning_stays_with_a_run(training, tmp_path, capsys):
+    """Chat templates see it as the date: a run that is taken up again must see the same."""
+    began = "1999-01-02T03:04:05"
+    await run(job_of(training, tmp_path / "out", steps=1, started=began), training)
+    assert load_run(tmp_path / "out")[0].started == began
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "the quick fox"}')
+    flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--resume"]
+    arguments = parse_arguments(["tune", "a model", *flags], {})
+    job = prepare(training.checkpoint, arguments, Reporter(arguments))
+    assert job.started == began
+    assert "1 example" in capsys.readouterr().err
+
+
+async def test_files_are_on_the_disk_before_they_have_their_names(training, tmp_path, monkeypatch):
+    told, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        told.append(("synced", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def replaced(old, new):
+        told.append(("renamed", os.stat(old).st_ino))
+        replace(old, new)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", synced)
+    monkeypatch.setattr(checkpoints.os, "replace", replaced)
+    await run(job_of(training, tmp_path, steps=1), training)
+    files = [path.stat().st_ino for path in tmp_path.iterdir()]
+    assert [what for what, _ in told] == ["synced"] * 3 + ["renamed"] * 3
+    assert {file for _, file in told[:3]} == {file for _, file in told[3:]} == set(files)
 
 
 async def test_nothing_is_overwritten(training, tmp_path):
@@ -247,13 +318,32 @@ async def test_nothing_is_overwritten(training, tmp_path):
         job_of(training, file).begun()
 
 
-def test_a_place_that_takes_no_files_is_refused_before_anything_is_trained(training, tmp_path):
+def test_a_place_that_takes_no_files_is_refused_before_anything_is_trained(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(UsageError, match=r"Nothing can be saved in .*Not a directory"):
-        job_of(training, file / "out").begun()
-    job_of(training, tmp_path / "new" / "out").begun()
-    assert list((tmp_path / "new" / "out").iterdir()) == []
+        claimed(file / "out").__enter__()
+    with claimed(tmp_path / "new" / "out"):
+        assert list((tmp_path / "new" / "out").iterdir()) == []
+
+
+def test_two_runs_are_kept_out_of_one_directory(tmp_path):
+    with claimed(tmp_path / "out"):
+        with pytest.raises(UsageError, match=r"Another run is saving in .*out now\."):
+            claimed(tmp_path / "out").__enter__()
+        with claimed(tmp_path / "other"):
+            pass
+    with claimed(tmp_path / "out"):
+        pass
+
+
+def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", refuse)
+    with claimed(tmp_path), claimed(tmp_path):
+        pass
 
 
 def test_states_that_cannot_be_read(training, tmp_path):

@@ -19,9 +19,16 @@ from petalnode.training.tuner import (
 )
 from petalnode.training.tuning_run import longest_row
 
-from .tuning_jobs import job_of, row, run, training
+from .tuning_jobs import job_of, row, rows_of_batch, run, training
 
 __all__ = ["training"]
+
+
+def tuner_of(training, **changes):
+    job = job_of(training, **changes)
+    config = training.checkpoint.config
+    parameters = new_parameters(job.options, config, training.client, job.data.rows)
+    return Tuner(training, training.client, training.compute, job.options, parameters)
 
 
 def reference(path):
@@ -31,11 +38,7 @@ def reference(path):
 
 
 async def test_the_loss_before_training_is_that_of_transformers(training, tiny_checkpoint):
-    job = job_of(training)
-    parameters = new_parameters(
-        job.options, training.checkpoint.config, training.client, job.data.rows
-    )
-    tuner = Tuner(training, training.client, training.compute, job.options, parameters)
+    job, tuner = job_of(training), tuner_of(training)
     model, total, count = reference(tiny_checkpoint()), 0.0, 0
     for one in job.data.rows:
         ids = torch.tensor([one.ids])
@@ -99,13 +102,6 @@ def test_positions_go_on_behind_the_prompt():
     assert batch.learned_L.tolist() == [4, 5, 10]
 
 
-def rows_of_batch(job, step):
-    from petalnode.training.data import Shuffle
-
-    shuffle = Shuffle(len(job.data.rows), job.options.seed)
-    return [job.data.rows[index] for index in shuffle.batch(step, job.options.batch_size)]
-
-
 def prompted_loss(model, prompt, one):
     ids = torch.tensor(one.ids)
     hidden = torch.cat([prompt, model.get_input_embeddings()(ids)])
@@ -138,16 +134,87 @@ async def test_an_infinite_gradient_is_not_learned_from(training):
         return grad_in, {name: tensor * math.inf for name, tensor in grads.items()}
 
     training.backward = broken
-    job = job_of(training)
-    parameters = new_parameters(
-        job.options, training.checkpoint.config, training.client, job.data.rows
-    )
-    tuner = Tuner(training, training.client, training.compute, job.options, parameters)
+    job, tuner = job_of(training), tuner_of(training)
     before = tuner.state()
     with pytest.raises(StepFailed, match="gradient of step 1 is nan"):
         await tuner.step(job.data.rows[:2])
     assert tuner.done == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in tuner.state().items())
+
+
+async def test_gradients_longer_than_one_are_shortened_to_one(training):
+    real = training.backward
+
+    async def steep(record, grad):
+        grad_in, grads = await real(record, grad)
+        return grad_in, {name: tensor * 1e4 for name, tensor in grads.items()}
+
+    training.backward = steep
+    job, tuner = job_of(training), tuner_of(training)
+    await tuner.step(job.data.rows[:2])
+    means = [mean for name, mean in tuner.state().items() if name.startswith("exp_avg.")]
+    length = math.sqrt(sum(float(mean.square().sum()) for mean in means))
+    assert length == pytest.approx(0.1, rel=1e-4)  # AdamW's first mean is a tenth of the gradient
+
+
+async def test_a_validation_loss_that_is_no_number_is_none(training, monkeypatch):
+    monkeypatch.setattr("petalnode.training.tuner.summed_loss", lambda *_: math.inf)
+    with pytest.raises(StepFailed, match="validation loss after step 0 is inf"):
+        await tuner_of(training).evaluate(job_of(training).data.rows)
+
+
+async def test_hops_are_told_that_nothing_goes_back_after_a_validation(training, monkeypatch):
+    real, told = training.forward, []
+
+    async def forward(*arguments, backward=True, **keywords):
+        told.append(backward)
+        return await real(*arguments, backward=backward, **keywords)
+
+    monkeypatch.setattr(training, "forward", forward)
+    tuner, rows = tuner_of(training), job_of(training).data.rows[:2]
+    await tuner.evaluate(rows)
+    await tuner.step(rows)
+    assert told == [False, True]
+
+
+async def test_a_step_is_undone_unless_a_loss_after_it_was_finite(training):
+    rows, tuner = job_of(training).data.rows, tuner_of(training)
+    tuner.step_back()
+    before, first = tuner.state(), await tuner.step(rows)
+    tuner.step_back()
+    assert tuner.done == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in tuner.state().items())
+
+    assert await tuner.step(rows) == first
+    await tuner.evaluate(rows)
+    tuner.step_back()
+    assert tuner.done == 1
+
+    await tuner.step(rows)
+    training.before = {"forward": None}.__getitem__
+    with pytest.raises(KeyError, match="backward"):
+        await tuner.step(rows)
+    tuner.step_back()
+    assert tuner.done == 2
+
+
+@pytest.mark.parametrize("method", ["prompt", "deep-prompt"])
+def test_prompts_begin_as_tokens_of_many_rows(training, method):
+    rows = [row([3 * n, 3 * n + 1, 3 * n + 2]) for n in range(1, 9)]
+    options = TuneOptions(method=method, prompt_tokens=32)
+    prompt = new_parameters(options, training.checkpoint.config, training.client, rows).prompt
+    table = training.client.embed_trainable(torch.arange(27), torch.arange(27)).float()
+    places = [int((table - vector).abs().sum(1).argmin()) for vector in prompt.detach()]
+    assert torch.equal(table[places], prompt.detach())
+    assert len({place // 3 for place in places}) > 4
+    assert {place % 3 for place in places} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"), [("prompt", 0.03), ("deep-prompt", 0.01), ("lora", 0.001)]
+)
+def test_each_method_has_a_learning_rate_where_none_is_asked_for(method, rate):
+    assert TuneOptions(method=method).rate == rate
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from petalnode.events import TuningStep
-from petalnode.training.data import Dataset
+from petalnode.models.loading import load_client
+from petalnode.training.data import Dataset, Shuffle
 from petalnode.training.encoding import Row
-from petalnode.training.tuner import (
-    TuneOptions,
-)
+from petalnode.training.tuner import TuneOptions
 from petalnode.training.tuning_run import TuneJob, tune
 
 from .local_training import LocalTraining
@@ -44,6 +43,12 @@ def job_of(training, out=None, method="lora", **changes):
     return TuneJob(training.checkpoint, tuned, out=out, **keywords)
 
 
+def rows_of_batch(job, step):
+    """What step ``step``, from 0 on, is to see."""
+    shuffle = Shuffle(len(job.data.rows), job.options.seed)
+    return [job.data.rows[index] for index in shuffle.batch(step, job.options.batch_size)]
+
+
 class Log(list):
     """Events as they come."""
 
@@ -57,5 +62,6 @@ class Log(list):
 
 async def run(job, training):
     log = Log()
-    log.done = await tune(job, training, training.client, training.compute, log.append)
+    client = load_client(job.checkpoint)
+    log.done = await tune(job, training, client, training.compute, log.append)
     return log
