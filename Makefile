@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread a process: the demo's nodes and the tests' processes share few cores.
 THREADS := OMP_NUM_THREADS=1
+# Two at a time, a whole file each: tests/conftest.py says who gets what.
+TESTS := $(THREADS) $(BIN)/python -m pytest -q -n 2
 
 .PHONY: demo test check format types bench bench-wire kills soak interop clean
 
@@ -13,12 +15,12 @@ demo: $(READY)
 	@$(BIN)/petalnode demo
 
 test: $(READY)
-	$(THREADS) $(BIN)/python -m pytest -q
+	$(TESTS)
 
 check: $(READY) types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(THREADS) $(BIN)/python -m pytest -q
+	$(TESTS)
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -35,7 +37,8 @@ bench: $(READY)
 
 kills: $(READY)
 	$(THREADS) $(BIN)/python -m benchmarks.kills --kills $(or $(KILLS),100)
-	PETALNODE_TEST_SEEDS=10 $(THREADS) $(BIN)/python -m pytest -q tests/simnet/test_recovery.py
+	PETALNODE_TEST_SEEDS=10 $(TESTS) tests/simnet/test_recovery.py \
+	  tests/simnet/test_random_schedules.py
 
 soak: $(READY)
 	$(THREADS) $(BIN)/python -m benchmarks.soak --seconds $(or $(SECONDS),600)

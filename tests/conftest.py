@@ -1,7 +1,8 @@
-"""Shared by all tests: one torch thread, so that results do not depend on the machine's cores, and
-no deadlines for hypothesis, because they would time the machine."""
+"""Shared by all tests: one torch thread, so that results do not depend on the machine's cores, no
+deadlines for hypothesis, because they would time the machine, and what workers share out."""
 
 import hypothesis
+import pytest
 import torch
 
 from .checkpoints import tiny_checkpoint
@@ -11,3 +12,20 @@ __all__ = ["tiny_checkpoint"]
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("petalnode", deadline=None)
 hypothesis.settings.load_profile("petalnode")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers take whole files, whose fixtures are made once then; but all of tests/cli is one's.
+
+    Those start swarms of real processes, which shall not meet another such swarm. They take the
+    longest of all: in the order of collection they come first.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "cli" if nodeid.startswith("tests/cli/") else nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)

@@ -10,15 +10,16 @@ from .test_processes import (  # noqa: F401 - a fixture
     PROMPT,
     command,
     environment,
-    generate,
+    generate_here,
     local_tokens,
+    promised,
     serving,
 )
 
 FILLED_S = 15.0
 TOKENS = 20
 LIVE_TOKENS = 200
-ALL_S = 150
+ALL_S = 600
 """For the whole test; a machine may be busy."""
 
 
@@ -53,9 +54,9 @@ def test_a_hole_is_filled_in_time_by_one_that_can_be_spared(environment):  # noq
                 victim.process.kill()
                 while spare.wait_for("ready")["blocks"] != [4, 8]:
                     pass
-                assert time.monotonic() - killed < FILLED_S
+                assert time.monotonic() - killed < promised(FILLED_S)
                 rest, _ = live.communicate(timeout=DEADLINE_S)
-            text = generate(environment, invite, "--max-new-tokens", str(TOKENS))[-1]
+            text = generate_here(invite, "--max-new-tokens", str(TOKENS))[-1]
     events = [json.loads(line) for line in rest.splitlines()]
     assert "recovered" in [event["event"] for event in events]
     assert events[-1]["tokens"] == local_tokens(LIVE_TOKENS)

@@ -1,22 +1,33 @@
 """Real processes on loopback: founder, joiners by invite and by multiaddr, clients, goodbye."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from threading import Timer
 
 import pytest
 import torch
 import trio
 
+from petalnode.cli.main import main
+
 PROMPT = "def main():\n"
-DEADLINE_S = 60
-ALL_TESTS_S = 300
+DEADLINE_S = 180
+"""For one process to do what it shall; it only bounds what hangs."""
+ALL_TESTS_S = 900
 """For what serves all tests of this file."""
+DEMO_S = 30.0
+NOTICED_S = 10.0
+
+
+def promised(seconds):
+    """A time that holds while no core is shared, stretched by how many want each core here."""
+    return seconds * max(1.0, os.getloadavg()[0] / os.cpu_count())
 
 
 def command(*arguments):
@@ -77,11 +88,18 @@ def swarm(environment):
 
 
 def generate(environment, join, *flags):
-    """The events of one ``petalnode generate``."""
+    """The events of one ``petalnode generate``, a process of its own."""
     verb = command("generate", "demo", PROMPT, "--json", "--join", join, *flags)
     done = subprocess.run(verb, capture_output=True, env=environment, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def generate_here(join, *flags):
+    """The same from a client in this process, which has imported torch already."""
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(["generate", "demo", PROMPT, "--json", "--join", join, *flags]) == 0
+    return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
 def local_tokens(new_tokens):
@@ -126,7 +144,7 @@ def test_a_late_node_is_used_and_one_that_says_goodbye_is_gone(environment):
         by_multiaddr = ["--join", listening["addrs"][0], "--name", "late"]
         with serving(environment, "--blocks", "4:8", *by_multiaddr) as late:
             peers = [node.wait_for("ready")["peer_id"] for node in (founder, late)]
-            route = generate(environment, listening["invite"], "--max-new-tokens", "3")[0]
+            route = generate_here(listening["invite"], "--max-new-tokens", "3")[0]
             assert [hop["peer_id"] for hop in route["hops"]] == peers
 
             seen = status_of(environment, listening["invite"])
@@ -141,8 +159,9 @@ def test_a_late_node_is_used_and_one_that_says_goodbye_is_gone(environment):
 
 def test_sampling_with_a_seed_repeats(swarm, environment):
     flags = ["--temperature", "0.8", "--top-k", "40", "--seed", "5", "--max-new-tokens", "20"]
-    texts = {generate(environment, swarm["invite"], *flags)[-1]["text"] for _ in range(2)}
-    assert len(texts) == 1
+    here = generate_here(swarm["invite"], *flags)[-1]
+    there = generate(environment, swarm["invite"], *flags)[-1]
+    assert here["text"] == there["text"]
 
 
 def test_a_prompt_longer_than_the_context_exits_with_1(swarm, environment):
@@ -206,7 +225,7 @@ def test_the_demo_ends_by_itself(swarm, environment):
         timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < promised(DEMO_S)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     kinds = [event["event"] for event in events]
     assert [hop["blocks"] for hop in events[0]["hops"]] == [[0, 3], [3, 6], [6, 8]]
@@ -215,7 +234,7 @@ def test_the_demo_ends_by_itself(swarm, environment):
     assert recovered["lost"] == [killed]
     assert kinds[1 : KILL_AFTER_TOKENS + 1] == ["token"] * KILL_AFTER_TOKENS
     flags = [*SAMPLING.split(), "--max-new-tokens", NEW_TOKENS]
-    undisturbed = generate(environment, swarm["invite"], *flags)[-1]
+    undisturbed = generate_here(swarm["invite"], *flags)[-1]
     assert (events[-1]["event"], events[-1]["text"]) == ("done", undisturbed["text"])
     assert len(undisturbed["tokens"]) > KILL_AFTER_TOKENS
 
@@ -232,6 +251,6 @@ async def test_a_stopped_process_is_noticed(environment):
             host.on_disconnect(lambda peer_id: lost.set())
             await host.connect(listening["addrs"][0])
             node.process.send_signal(signal.SIGSTOP)
-            with trio.fail_after(10):
+            with trio.fail_after(promised(NOTICED_S)):
                 await lost.wait()
             assert host.connected_peers() == []

@@ -8,7 +8,7 @@ import trio
 from petalnode.joining import parse_joins
 from petalnode.survey import open_survey
 
-from .test_processes import environment, serving, status_of
+from .test_processes import DEADLINE_S, environment, promised, serving, status_of
 
 __all__ = ["environment"]
 
@@ -45,7 +45,7 @@ async def test_a_killed_node_leaves_the_view_of_every_other_one(environment):
             await stack.enter_async_context(open_survey(parse_joins([one["invite"]]), None))
             for one in listening[:-1]
         ]
-        for count, deadline_s in ((4, 10.0), (3, KILLED_S)):
+        for count, deadline_s in ((4, DEADLINE_S), (3, promised(KILLED_S))):
             with trio.fail_after(deadline_s):
                 async with trio.open_nursery() as nursery:
                     for survey in surveys:
@@ -65,5 +65,5 @@ async def test_nodes_of_uneven_sizes_that_start_at_once_cover_the_model(environm
         rest = [("--num-blocks", size) for size in sizes[1:]]
         _, listening = start_others(stack, environment, founder, *rest)
         async with open_survey(parse_joins([listening[0]["invite"]]), None) as survey:
-            with trio.fail_after(COVERED_S):
+            with trio.fail_after(promised(COVERED_S)):
                 await until(survey, lambda swarm: swarm.covered)

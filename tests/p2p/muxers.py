@@ -13,6 +13,8 @@ from petalnode.p2p.yamux import Muxer
 from petalnode.p2p.yamux_frames import HEADER
 from petalnode.p2p.yamux_stream import Stream
 
+DEADLINE_S = 60.0
+"""Of a test that waits for something real: it only bounds what hangs, as a machine may be busy."""
 KEYS = (bytes(range(32)), bytes(range(32, 64)))
 
 

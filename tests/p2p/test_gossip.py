@@ -20,10 +20,9 @@ from petalnode.p2p.pubsub_limits import Budgets
 from petalnode.routing.announcement import Announcement, InvalidAnnouncement
 from petalnode.routing.view import Sighting, SwarmView
 
+from .muxers import DEADLINE_S
 from .records import FINGERPRINT, WALL, identity, record
 from .swarms import NETWORK, Member, open_line, open_member
-
-DEADLINE_S = 10.0
 
 
 def seqs(view: SwarmView) -> dict[str, int]:

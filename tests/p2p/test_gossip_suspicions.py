@@ -16,9 +16,10 @@ from petalnode.routing import suspicion
 from petalnode.routing.announcement import InvalidAnnouncement
 from petalnode.routing.suspicion import LIFE_S, Suspicion
 
+from .muxers import DEADLINE_S
 from .records import WALL, identity, record
 from .swarms import Member, open_line
-from .test_gossip import DEADLINE_S, sees
+from .test_gossip import sees
 
 FIRST, LAST = identity(1), identity(3)
 

@@ -30,7 +30,7 @@ from petalnode.p2p.noise import MAX_PLAIN_BYTES, NoiseSecurity, NoiseSession, Ra
 from petalnode.p2p.swarm import NOISE_PROTOCOL
 from petalnode.p2p.wire import dial_tcp
 
-from .muxers import session_pair
+from .muxers import DEADLINE_S, session_pair
 
 INSECURE = ["plaintext", "secio"]
 
@@ -62,7 +62,7 @@ async def test_other_transports_are_refused_as_listener(protocol: str) -> None:
     async with open_host(new_identity(b"a" * 32), listen=["/ip4/127.0.0.1/tcp/0"]) as ours:
         host, port = ours.addrs[0].split("/")[2:5:2]
         pipe = RawPipe(await dial_tcp(host, int(port)), True)
-        with pytest.raises(PeerRefused, match="does not speak"), trio.fail_after(5):
+        with pytest.raises(PeerRefused, match="does not speak"), trio.fail_after(DEADLINE_S):
             await propose(pipe, protocol)
         await pipe.close()
         assert not ours.connected_peers()
@@ -93,7 +93,7 @@ async def test_stock_py_libp2p_talks_with_us() -> None:
             await stock.get_network().dial_addr(target.addrs[0], target.peer_id)
             stream = await stock.new_stream(target.peer_id, [TProtocol("/test/echo/1")])
             message = b"".join(encode({"n": 7}, ()))
-            with trio.fail_after(5):
+            with trio.fail_after(DEADLINE_S):
                 await stream.write(message)
                 answer = b""
                 while len(answer) < len(message):
@@ -112,7 +112,7 @@ async def shake_hands(*, expected: Any = None) -> tuple[NoiseSession, NoiseSessi
         made[name] = await secure()
 
     dialler = RawPipe(wires[0], True)
-    with trio.fail_after(5):
+    with trio.fail_after(DEADLINE_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
                 side, "bob", lambda: NoiseSecurity(bob).secure(RawPipe(wires[1], False))

@@ -17,11 +17,11 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from petalnode.p2p.host import open_host
 from petalnode.p2p.pubsub import MAX_BACK_OFF_S, MAX_IDS, MAX_RPC_BYTES, MESSAGES_BURST, tame
 
+from .muxers import DEADLINE_S
 from .records import identity, record
 from .swarms import Member, open_member
 
 MESHSUB = TProtocol("/meshsub/1.1.0")
-DEADLINE_S = 10.0
 MALLORY = identity(66)
 
 

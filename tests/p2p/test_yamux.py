@@ -20,7 +20,7 @@ from petalnode.p2p.yamux_frames import (
 )
 from petalnode.p2p.yamux_stream import INITIAL_WINDOW_BYTES
 
-from .muxers import frame, open_against_script, open_muxers, stream_pair
+from .muxers import DEADLINE_S, frame, open_against_script, open_muxers, stream_pair
 
 MIB = 1024 * 1024
 
@@ -318,7 +318,7 @@ async def test_bulk_has_its_turn_beside_endless_small_messages(size: int, capaci
             while True:
                 await chatty[index][1].read_exactly(size)
 
-        with trio.fail_after(10):
+        with trio.fail_after(DEADLINE_S):
             async with trio.open_nursery() as nursery:
                 for index in range(8):
                     nursery.start_soon(chat, index)
