@@ -77,8 +77,9 @@ class OverSwarm:
 
     async def work(self, kind: str, hidden: torch.Tensor, lengths: list[int]) -> None:
         """See ``Trainer``."""
-        output, record = await self._training.forward(hidden, lengths)
-        if kind != "forward":
+        back = kind != "forward"
+        output, record = await self._training.forward(hidden, lengths, backward=back)
+        if back:
             await self._training.backward(record, torch.ones_like(output))
 
 

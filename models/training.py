@@ -150,7 +150,7 @@ class _Checkpoint:
     @property
     def restored(self) -> bool:
         """Whether the graph can be gone through."""
-        return len(self._saved.tensors) == self._saved.count
+        return len(self._saved.tensors) == len(self._saved.noted)
 
     def restore(self) -> None:
         """Run the function again, up to the last activation that the graph needs."""
@@ -161,7 +161,7 @@ class _Checkpoint:
                 self._run(self.x.detach().requires_grad_())
         except _AllTaken:
             return
-        raise LocalProtocolError("A block computed something else the second time.")
+        raise LocalProtocolError("A block computed less the second time.")
 
 
 def _nodes(y: Tensor) -> int:
@@ -177,21 +177,24 @@ def _nodes(y: Tensor) -> int:
 
 
 class _Saved:
-    """What a graph saved, in order: counted first, and kept when it comes again."""
+    """What a graph saved, in order: noted first, and kept when it comes again."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.noted: list[tuple[torch.Size, torch.dtype]] = []
         self.tensors: list[Tensor] = []
 
     def drop(self, tensor: Tensor) -> int:
-        """Only count it."""
-        self.count += 1
-        return self.count - 1
+        """Only note what it was."""
+        self.noted.append((tensor.shape, tensor.dtype))
+        return len(self.noted) - 1
 
     def take(self, tensor: Tensor) -> int:
-        """Keep it, without the graph that it came from. Raises `_AllTaken` with the last one."""
+        """Keep it, without the graph that it came from. Raises `_AllTaken` with the last one, and
+        `LocalProtocolError` for another than was noted: its gradient would be wrong."""
+        if (tensor.shape, tensor.dtype) != self.noted[len(self.tensors)]:
+            raise LocalProtocolError("A block computed something else the second time.")
         self.tensors.append(tensor.detach())
-        if len(self.tensors) == self.count:
+        if len(self.tensors) == len(self.noted):
             raise _AllTaken
         return len(self.tensors) - 1
 

@@ -34,7 +34,7 @@ def run(quick: bool) -> Result:
             workers[name] = stack.enter_context(open_trainer(model, swarm))
         for worker in workers.values():
             worker.ask(do="ready")
-        seconds = rounds(workers, 1 if quick else 3)
+        seconds = rounds(workers, 1 if quick else 5)
     throughput(seconds, result)
     beside(model, quick, result)
     return result

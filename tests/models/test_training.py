@@ -170,7 +170,7 @@ def test_activations_are_held_for_one_block_at_a_time(span: Span) -> None:
     finish(one)
     assert one.kept is not None
     saved = [block._saved for block in one.kept]
-    assert all(each.count > 10 for each in saved)
+    assert all(len(each.noted) > 10 for each in saved)
     back = BackwardPass(one, grad)
     while back.steps_left:
         held = [bool(each.tensors) for each in saved if each is not None]
@@ -203,6 +203,25 @@ def test_the_last_product_is_not_computed_again(span: Span) -> None:
             back.step()
         counted.append(products.count)
     assert counted == [4, 3, 4], "forward; again, without the last; back"
+
+
+@pytest.mark.parametrize(
+    ("again", "why"),
+    [(lambda x: x.double().sin().float(), "something else"), (lambda x: x * 2, "less")],
+)
+def test_a_block_that_is_not_the_same_again(
+    span: Span, monkeypatch: pytest.MonkeyPatch, again: Any, why: str
+) -> None:
+    """Rather no gradient than a wrong one."""
+    x, grad = batch(span.config)
+    loaded = span.loaded(1)
+    assert loaded is not None
+    monkeypatch.setattr(loaded.block, "forward", lambda x, _: x.sin().cos())
+    one = ForwardPass(span, 1, 2, x, LENGTHS, keep=True)
+    one.step()
+    monkeypatch.setattr(loaded.block, "forward", lambda x, _: again(x))
+    with pytest.raises(LocalProtocolError, match=f"computed {why} the second time"):
+        BackwardPass(one, grad).step()
 
 
 def test_what_is_kept_ends_with_the_pass(span: Span) -> None:
