@@ -1,7 +1,8 @@
 """Cutting a batch into micro-batches, and adding up what comes of them. No I/O, no randomness.
 
-How a batch is cut depends on its rows alone, never on who computes them, and sums are made in the
-order of the cut: the same batch gives the same numbers by whatever way it went.
+How a batch is cut depends on its rows, and on whether one hop alone computes all of it; sums are
+made in the order of the cut. So a batch gives the same numbers whoever is done first, or dies on
+the way.
 """
 
 from __future__ import annotations
@@ -11,12 +12,25 @@ from dataclasses import dataclass
 
 import torch
 
+from petalnode.training.protocol import MAX_ROWS
+
 MIN_TOKENS = 128
 """Fewer make matrix products slow."""
-MAX_TOKENS = 256
-"""More make others wait long for a step; a longer row is one micro-batch all the same."""
-PIECES = 4
-"""Micro-batches of a batch that has the tokens: so many keep a chain of a few hops busy."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """``pieces`` of a batch that has the tokens, none with more tokens than ``most``."""
+
+    pieces: int
+    most: int
+
+
+PIPELINE = Cut(4, 256)
+"""So many keep a chain of a few hops, or several replicas, busy; one step of it does not last."""
+ONE_HOP = Cut(2, 512)
+"""Nothing runs side by side: larger products, which read the weights more rarely, and two, so that
+one is under way while the other is computed."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +50,14 @@ class Micro:
         return batch[self.first : self.first + self.tokens]
 
 
-def cut(lengths: Sequence[int]) -> list[Micro]:
-    """Micro-batches of consecutive rows, about equal, in order."""
-    size = min(max(sum(lengths) // PIECES, MIN_TOKENS), MAX_TOKENS)
+def cut(lengths: Sequence[int], how: Cut = PIPELINE) -> list[Micro]:
+    """Micro-batches of consecutive rows, about equal, in order; a longer row is one by itself."""
+    size = min(max(sum(lengths) // how.pieces, MIN_TOKENS), how.most)
     micros: list[Micro] = []
     rows: list[int] = []
     first = 0
     for n in lengths:
-        if rows and sum(rows) + n > size:
+        if rows and (sum(rows) + n > size or len(rows) == MAX_ROWS):
             micros.append(Micro(first, tuple(rows)))
             first += sum(rows)
             rows = []

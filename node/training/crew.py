@@ -148,6 +148,10 @@ class Crew:
         except NoRoute:
             return set()  # who works through them will wait, and say why
 
+    def is_alone(self, stages: set[Stage]) -> bool:
+        """Whether these stages are all of the span at once, and one peer alone holds it."""
+        return stages == {self._span} and len(replicas(self._peers.offers(), self._span)) == 1
+
     async def do(self, work: Work) -> Done:
         """Have it done.
 

@@ -24,7 +24,7 @@ from petalnode.models.config import ModelConfig
 from petalnode.models.tuning.check import check_tuning
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.nurseries import plain_errors
-from petalnode.training.batches import Micro, OrderedSum, cut
+from petalnode.training.batches import ONE_HOP, PIPELINE, Micro, OrderedSum, cut
 from petalnode.training.crew import Crew, Held, NobodyHoldsAll, Work
 from petalnode.training.line import Added
 from petalnode.training.protocol import MAX_MICRO_TOKENS
@@ -106,7 +106,7 @@ class TrainingSession:
         call = _Call(added, len(batch), keep_blocks, keep=backward)
         if not keep_blocks:
             call.stages |= self.crew.plan((self.start, self.end), len(batch))
-        micros = cut(lengths)
+        micros = cut(lengths, ONE_HOP if self.crew.is_alone(call.stages) else PIPELINE)
         passed: list[list[Passed]] = [[] for _ in micros]
         outputs = [batch] * len(micros)
 

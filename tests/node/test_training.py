@@ -279,3 +279,18 @@ async def test_what_cannot_be_trained_on(checkpoint, batch):
             await both(training, batch, NOTHING),
             at_once(checkpoint, hidden, LENGTHS, grad),
         )
+
+
+@pytest.mark.parametrize(
+    ("spans", "micros"),
+    [
+        ([("a", 0, 4)], 2),
+        ([("a", 0, 4), ("b", 0, 2)], 2),
+        ([("a", 0, 4), ("b", 0, 4)], 4),
+        ([("a", 0, 2), ("b", 2, 4)], 4),
+    ],
+)
+async def test_one_hop_alone_gets_larger_micro_batches(checkpoint, spans, micros):
+    async with open_training_swarm(checkpoint, spans) as swarm, swarm.training() as training:
+        _, record = await training.forward(numbers(1024, HIDDEN), [128] * 8)
+        assert len(record.micros) == micros

@@ -8,21 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalnode.protocol import BadMessage
-from petalnode.training.batches import MAX_TOKENS, MIN_TOKENS, OrderedSum, cut
+from petalnode.training.batches import MIN_TOKENS, ONE_HOP, PIPELINE, OrderedSum, cut
 from petalnode.training.protocol import Job, OpenTraining
 from petalnode.training.spread import Offer, soonest
 
 OPENED = OpenTraining("f", 2, 6)
 
 
-@given(st.lists(st.integers(1, 600), min_size=1, max_size=60))
-def test_a_cut_keeps_whole_rows_in_order(lengths):
-    micros = cut(lengths)
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=60), st.sampled_from([PIPELINE, ONE_HOP]))
+def test_a_cut_keeps_whole_rows_in_order(lengths, how):
+    micros = cut(lengths, how)
     assert [n for micro in micros for n in micro.lengths] == lengths
     assert [micro.first for micro in micros] == [
         sum(micro.tokens for micro in micros[:index]) for index in range(len(micros))
     ]
-    assert all(micro.tokens <= MAX_TOKENS or len(micro.lengths) == 1 for micro in micros)
+    assert all(micro.tokens <= how.most or len(micro.lengths) == 1 for micro in micros)
     for one, two in pairwise(micros):
         assert one.tokens + two.lengths[0] > MIN_TOKENS
 
@@ -32,6 +32,9 @@ def test_cuts():
     assert [micro.tokens for micro in cut([64] * 4)] == [128, 128]
     assert [micro.tokens for micro in cut([128] * 8)] == [256] * 4
     assert [micro.tokens for micro in cut([10, 900, 10])] == [10, 900, 10]
+    assert [micro.tokens for micro in cut([128] * 8, ONE_HOP)] == [512] * 2
+    assert [micro.tokens for micro in cut([128] * 12, ONE_HOP)] == [512] * 3
+    assert [micro.tokens for micro in cut([1] * 600, ONE_HOP)] == [256, 256, 88], "rows of a job"
 
 
 def test_sums_are_made_in_order_whatever_comes_first():
