@@ -99,9 +99,10 @@ def throughput(seconds: dict[Key, list[float]], result: Result) -> None:
         "as hops do: the inputs of blocks are kept, their activations computed again. A trainer "
         "that keeps all activations of its own saves that, and is shown below it. Local by "
         "micro-batches: as few rows at a time as the hops of a chain get, 256 tokens; one node "
-        "alone gets 512. Products of few tokens cost more each. A batch of 1 × 128 is one "
-        "micro-batch: a second node cannot speed it up. The bound of two nodes on 8 × 128, four micro-batches, is 4 / 5 of twice one node's "
-        "rate each way: either waits for the other while the first or the last is computed."
+        "alone gets 384. Products of few tokens cost more each. A batch of 1 × 128 is one "
+        "micro-batch: a second node cannot speed it up. The bound of two nodes on 8 × 128, four "
+        "micro-batches, is 4 / 5 of twice one node's rate each way: either waits for the other "
+        "while the first or the last is computed."
     )
 
 
@@ -129,5 +130,5 @@ def beside(model: Path, quick: bool, result: Result) -> None:
     result.values |= {"decode_p50_beside": percentile(during, 0.5)}
     result.notes.append(
         "Decoding goes before training at every step, so a token waits for one step at most: one "
-        "block forward, or again, or backward over one micro-batch: here 512 tokens."
+        "block forward, or again, or backward over one micro-batch: here 384 tokens."
     )

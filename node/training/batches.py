@@ -28,9 +28,9 @@ class Cut:
 
 PIPELINE = Cut(4, 256)
 """So many keep a chain of a few hops, or several replicas, busy; one step of it does not last."""
-ONE_HOP = Cut(2, 512)
-"""Nothing runs side by side: larger products, which read the weights more rarely, and two, so that
-one is under way while the other is computed."""
+ONE_HOP = Cut(2, 384)
+"""Nothing runs side by side: larger products, which read the weights more rarely. Still larger ones
+would gain a few percent more, and make whoever generates wait longer for a step."""
 
 
 @dataclass(frozen=True)

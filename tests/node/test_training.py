@@ -284,8 +284,8 @@ async def test_what_cannot_be_trained_on(checkpoint, batch):
 @pytest.mark.parametrize(
     ("spans", "micros"),
     [
-        ([("a", 0, 4)], 2),
-        ([("a", 0, 4), ("b", 0, 2)], 2),
+        ([("a", 0, 4)], 3),
+        ([("a", 0, 4), ("b", 0, 2)], 3),
         ([("a", 0, 4), ("b", 0, 4)], 4),
         ([("a", 0, 2), ("b", 2, 4)], 4),
     ],

@@ -32,8 +32,8 @@ def test_cuts():
     assert [micro.tokens for micro in cut([64] * 4)] == [128, 128]
     assert [micro.tokens for micro in cut([128] * 8)] == [256] * 4
     assert [micro.tokens for micro in cut([10, 900, 10])] == [10, 900, 10]
-    assert [micro.tokens for micro in cut([128] * 8, ONE_HOP)] == [512] * 2
-    assert [micro.tokens for micro in cut([128] * 12, ONE_HOP)] == [512] * 3
+    assert [micro.tokens for micro in cut([128] * 8, ONE_HOP)] == [384, 384, 256]
+    assert [micro.tokens for micro in cut([128] * 12, ONE_HOP)] == [384] * 4
     assert [micro.tokens for micro in cut([1] * 600, ONE_HOP)] == [256, 256, 88], "rows of a job"
 
 
