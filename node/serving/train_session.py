@@ -8,6 +8,7 @@ import trio
 
 from petalnode.compute import Compute, Load
 from petalnode.errors import LocalProtocolError, UsageError
+from petalnode.models.memory import readable_bytes
 from petalnode.models.training import ForwardPass
 from petalnode.models.tuning.check import check_tuning
 from petalnode.models.tuning.tuning import NOTHING, Tuning
@@ -258,7 +259,10 @@ class _Held:
         try:
             taken = collector.take(frame)
         except TooLarge:
-            raise Refusal("tuning", "it is larger than what a session may add here") from None
+            most = readable_bytes(self._budget.session_size)
+            raise Refusal(
+                "tuning", f"it is larger than the {most} that a session may add"
+            ) from None
         self._budget.charge(self._client, self._bytes, collector.nbytes)
         self._bytes = collector.nbytes
         if taken is not None:
