@@ -17,6 +17,7 @@ BATCHES = {"1 × 128": (1, 128), "8 × 128": (8, 128)}
 WORKS = {"forward": "forward", "both": "forward + backward"}
 LOCAL_ONLY = {"pieces": "local, by micro-batches", "keeping": "local, keeping all activations"}
 ONE_NODE, TWO_NODES = 0.9, 1.4
+ROUNDS = 7
 STEPS, FLOOD_S, PREFIX = 40, 20.0, 128
 
 Key = tuple[str, str, str]
@@ -34,7 +35,7 @@ def run(quick: bool) -> Result:
             workers[name] = stack.enter_context(open_trainer(model, swarm))
         for worker in workers.values():
             worker.ask(do="ready")
-        seconds = rounds(workers, 1 if quick else 5)
+        seconds = rounds(workers, 1 if quick else ROUNDS)
     throughput(seconds, result)
     beside(model, quick, result)
     return result
@@ -50,51 +51,68 @@ def open_trainer(model: Path, swarm: Swarm | None = None) -> Iterator[Child]:
 
 
 def rounds(workers: dict[str, Child], count: int) -> dict[Key, list[float]]:
-    """Seconds of every variant, round by round; each is warmed up first."""
+    """Seconds of every variant, round by round; each is warmed up first.
+
+    A work goes round all variants before the next work begins: what is compared lies close in time,
+    for the speed of the machine drifts.
+    """
     taken: dict[Key, list[float]] = {}
     for worker in workers.values():
         worker.ask(do="both", rows=1, tokens=32)
     for _ in range(count):
         for batch, (rows, tokens) in BATCHES.items():
-            for name, worker in workers.items():
-                kinds = ["forward", "both", *(LOCAL_ONLY if name == "local" else ())]
-                for kind in kinds:
-                    took = worker.ask(do=kind, rows=rows, tokens=tokens)["s"]
+            for kind in (*WORKS, *LOCAL_ONLY):
+                for name in workers if kind in WORKS else ("local",):
+                    took = workers[name].ask(do=kind, rows=rows, tokens=tokens)["s"]
                     taken.setdefault((kind, batch, name), []).append(took)
     return taken
 
 
-def row(what: str, which: tuple[str, str], rates: dict[Key, float], kind: str) -> list[str]:
+def shares(seconds: dict[Key, list[float]], key: Key, kind: str) -> list[float]:
+    """How fast ``key`` was, as a share of what local did of ``kind`` in the same round, sorted."""
+    baseline = seconds[kind, key[1], "local"]
+    return sorted(one / other for one, other in zip(baseline, seconds[key], strict=True))
+
+
+def row(what: str, which: tuple[str, str], seconds: dict[Key, list[float]], kind: str) -> list[str]:
     """Tokens a second of a work by a variant, and their share of what local does of ``kind``."""
     work, name = which
-    shown = [rates[work, batch, name] for batch in BATCHES]
-    shares = [rates[work, batch, name] / rates[kind, batch, "local"] for batch in BATCHES]
-    return [what, *map(figure, shown), *(f"{share:.2f} ×" for share in shares)]
+    rates = [
+        rows * tokens / statistics.median(seconds[work, batch, name])
+        for batch, (rows, tokens) in BATCHES.items()
+    ]
+    spread = [shares(seconds, (work, batch, name), kind) for batch in BATCHES]
+    return [what, *map(figure, rates), *map(spread_of, spread)]
+
+
+def spread_of(ratios: list[float]) -> str:
+    """The median of sorted ratios, with the least and the greatest."""
+    return f"{statistics.median(ratios):.2f} × ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def throughput(seconds: dict[Key, list[float]], result: Result) -> None:
     """Tokens a second of all variants, and the targets."""
-    rates = {
-        key: BATCHES[key[1]][0] * BATCHES[key[1]][1] / statistics.median(samples)
-        for key, samples in seconds.items()
+    result.values |= {
+        f"{kind}_{batch}_{name}_s": samples for (kind, batch, name), samples in seconds.items()
     }
-    result.values |= {f"{kind}_{batch}_{name}": r for (kind, batch, name), r in rates.items()}
     head = ("", *BATCHES, *(f"{batch}, of local" for batch in BATCHES))
     for kind, title in WORKS.items():
-        table = [row(name, (kind, name), rates, kind) for name in ("local", *SPANS)]
+        table = [row(name, (kind, name), seconds, kind) for name in ("local", *SPANS)]
         if kind == "both":
             table += [
-                row(what, (other, "local"), rates, kind) for other, what in LOCAL_ONLY.items()
+                row(what, (other, "local"), seconds, kind) for other, what in LOCAL_ONLY.items()
             ]
         result.tables.append(Table(head, table, f"{title}, tokens/s"))
         for batch in BATCHES:
-            share = rates[kind, batch, "1 node"] / rates[kind, batch, "local"]
+            share = statistics.median(shares(seconds, (kind, batch, "1 node"), kind))
             what = f"{title} of {batch}, 1 node / local"
             result.targets.append(Target(what, share, ONE_NODE, " ×", at_least=True))
-        share = rates[kind, "8 × 128", "2 nodes"] / rates[kind, "8 × 128", "local"]
+        share = statistics.median(shares(seconds, (kind, "8 × 128", "2 nodes"), kind))
         what = f"{title} of 8 × 128, 2 nodes of one thread / local with one"
         result.targets.append(Target(what, share, TWO_NODES, " ×", at_least=True))
     result.notes.append(
+        "Rates are medians of the rounds; shares are medians of the shares of each round, with the "
+        "least and the greatest. "
         "Local is transformers with one thread; forward + backward there checkpoints activations, "
         "as hops do: the inputs of blocks are kept, their activations computed again. A trainer "
         "that keeps all activations of its own saves that, and is shown below it. Local by "
