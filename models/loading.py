@@ -82,7 +82,7 @@ def _load_block(checkpoint: Checkpoint, index: int, parts: TorchParts) -> Loaded
     block = family_of(checkpoint.config).block(parts, checkpoint.config, index)
     for name, tensor in checkpoint.block_tensors(index):
         parts.targets[name](tensor)
-    return LoadedBlock(block, parts.nbytes, parts.additions)
+    return LoadedBlock(block, parts.nbytes, parts.additions, parts.storages)
 
 
 @contextmanager

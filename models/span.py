@@ -22,11 +22,13 @@ __all__ = ["LoadedBlock", "RowSlice", "Span"]
 
 @dataclass(frozen=True)
 class LoadedBlock:
-    """A block with its weights, which take `nbytes`, and what the running batch adds to it."""
+    """A block with its weights, which take `nbytes` and lie at `storages`, and what the running
+    batch adds to it."""
 
     block: Block
     nbytes: int
     additions: Additions = field(default_factory=Additions)
+    storages: frozenset[int] = frozenset()
 
 
 class Span:
@@ -43,11 +45,16 @@ class Span:
         self.config, self.start, self.end = config, start, start + len(blocks)
         self.dtype, self.device = dtype, device
         self._blocks = tuple(blocks)
+        self._storages = frozenset[int]().union(*(one.storages for one in blocks))
 
     @property
     def param_bytes(self) -> int:
         """Bytes of all weights of the span."""
         return sum(one.nbytes for one in self._blocks)
+
+    def has_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a weight of the span, or a view of one."""
+        return tensor.untyped_storage().data_ptr() in self._storages
 
     def loaded(self, index: int) -> LoadedBlock | None:
         """Return block `index` of the model, or None where this span does not hold it."""

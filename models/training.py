@@ -4,8 +4,9 @@ Weights are frozen: gradients are those of the input and of what the client adds
 nothing in the span and takes no cache; rows are whole, one after the other, nothing padded. What
 else the node computes may come between two steps, in the same thread.
 
-Going back through a block needs its activations. No pass holds them for longer than one block
-takes: they are computed again from the block's input (checkpointing, arXiv 1604.06174).
+Going back through a block needs its activations. They are computed again from the block's input
+(checkpointing, arXiv 1604.06174), one block's at a time; ahead of the gradient, where somebody asks
+for it and has the memory.
 
 Suffixes name shapes: T tokens of the micro-batch, H hidden size.
 """
@@ -76,11 +77,34 @@ class ForwardPass:
             with torch.no_grad():
                 self.output = self.blocks.run(index, self.output)
         else:
-            self.kept.append(_Checkpoint(partial(self.blocks.run, index), self.output))
+            run = partial(self.blocks.run, index)
+            self.kept.append(_Checkpoint(run, self.output, self.blocks.has_weight))
             self.output = self.kept[-1].y.detach()
         self._next += 1
         if not self.steps_left:
             self.blocks.rest()
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of activations that `restore` would bring, about; 0 where all blocks have them."""
+        following = self._to_restore()
+        return 0 if following is None else max(1, following.activations)
+
+    def restore(self) -> None:
+        """Compute the activations of one block again, the last that lacks them: a backward pass
+        that follows needs not."""
+        following = self._to_restore()
+        if following is not None:
+            following.restore()
+            self.blocks.rest()
+
+    def let_go(self) -> None:
+        """Drop all activations that `restore` brought."""
+        for one in self.kept or ():
+            one.let_go()
+
+    def _to_restore(self) -> _Checkpoint | None:
+        return next((one for one in reversed(self.kept or ()) if not one.restored), None)
 
 
 class BackwardPass:
@@ -108,9 +132,8 @@ class BackwardPass:
     @property
     def steps_left(self) -> int:
         """Blocks to compute, to compute again, and to go back through."""
-        restored = bool(self._kept) and self._kept[-1].restored
         ahead = self._forward.steps_left
-        return ahead + 2 * (ahead + len(self._kept)) - restored
+        return ahead + 2 * (ahead + len(self._kept)) - sum(one.restored for one in self._kept)
 
     def step(self) -> None:
         """Compute one block (again), or go back through one."""
@@ -138,9 +161,12 @@ class _Checkpoint:
     its own, so that others wait for less.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], x: Tensor, is_weight: Callable[[Tensor], bool]
+    ) -> None:
         self._run = run
-        self._saved = saved = _Saved()  # the graph holds it: it may not hold the graph
+        # The graph holds it: it may not hold the graph.
+        self._saved = saved = _Saved(is_weight)
         self.x = x.detach().requires_grad_()
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.drop, saved.get)
         with torch.enable_grad(), hooks:
@@ -151,6 +177,15 @@ class _Checkpoint:
     def restored(self) -> bool:
         """Whether the graph can be gone through."""
         return len(self._saved.tensors) == len(self._saved.noted)
+
+    @property
+    def activations(self) -> int:
+        """Bytes that the graph takes beyond the weights, once it is restored."""
+        return self._saved.nbytes
+
+    def let_go(self) -> None:
+        """Forget the activations."""
+        self._saved.tensors.clear()
 
     def restore(self) -> None:
         """Run the function again, up to the last activation that the graph needs."""
@@ -179,13 +214,16 @@ def _nodes(y: Tensor) -> int:
 class _Saved:
     """What a graph saved, in order: noted first, and kept when it comes again."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_weight: Callable[[Tensor], bool]) -> None:
         self.noted: list[tuple[torch.Size, torch.dtype]] = []
         self.tensors: list[Tensor] = []
+        self.nbytes = 0
+        self._is_weight = is_weight
 
     def drop(self, tensor: Tensor) -> int:
         """Only note what it was."""
         self.noted.append((tensor.shape, tensor.dtype))
+        self.nbytes += 0 if self._is_weight(tensor) else tensor.nbytes
         return len(self.noted) - 1
 
     def take(self, tensor: Tensor) -> int:
@@ -224,6 +262,7 @@ class _Blocks:
         if not fits or min(lengths, default=0) < 1:
             raise LocalProtocolError(f"A batch of shape {list(x.shape)} does not fit its rows.")
         self.start, self.end, self._span = start, end, span
+        self.has_weight = span.has_weight
         self.tuning = tuning.map(lambda tensor: tensor.to(span.device))
         self._rows = [WholeRow(n, self.tuning) for n in lengths]
         self._tuned = TunedRows(self._rows)

@@ -134,6 +134,15 @@ class TorchParts:
         """Bytes of all weights made here."""
         return sum(one.nbytes for one in self._made)
 
+    @property
+    def storages(self) -> frozenset[int]:
+        """Where the weights lie that autograd may save: those that are not quantized."""
+        dense = [one for one in self._made if isinstance(one, Tensor)]
+        layers = [one for one in self._made if isinstance(one, Linear)]
+        dense += [one.weight for one in layers]
+        dense += [one.bias for one in layers if one.bias is not None]
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in dense)
+
     def linear(
         self,
         names: str | Sequence[str],

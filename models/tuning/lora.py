@@ -28,8 +28,7 @@ def new_lora(
     zero, the scale alpha / rank. Raises `UsageError` as `match_targets`, and for a bad rank, alpha.
     """
     check_rank(rank, "The adapter")
-    check_scale(alpha, "The adapter")  # that it is a number at all
-    check_scale(alpha / rank, "The adapter")
+    check_scale(alpha, "The adapter")  # alpha / rank is smaller still
     blocks: dict[int, BlockTuning] = {}
     for index, names in match_targets(config, targets).items():
         sites = lora_sites(config, index)

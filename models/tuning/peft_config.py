@@ -68,22 +68,24 @@ def read_lora(config: Mapping[str, Any], what: str) -> LoraSettings:
         if config.get(key):
             raise _refused(what, f"{meaning} ({key})")
     if config.get("bias") not in (None, "none"):
-        raise _refused(what, f"biases (bias = {_shown(config['bias'])})")
+        raise _refused(what, f"biases (bias = {shown(config['bias'])})")
     start = config.get("init_lora_weights")
     if start not in HARMLESS_STARTS:
-        raise _refused(what, f"changed weights of the model (init_lora_weights = {_shown(start)})")
+        raise _refused(what, f"changed weights of the model (init_lora_weights = {shown(start)})")
     ranks, alphas = (
         _patterns(config, "rank_pattern", what),
         _patterns(config, "alpha_pattern", what),
     )
-    settings = LoraSettings(
+    rslora = config.get("use_rslora", False)
+    if type(rslora) is not bool:
+        raise bad_value(what, "use_rslora", rslora)
+    return LoraSettings(
         _rank(config.get("r"), "r", what),
         _number(config.get("lora_alpha"), "lora_alpha", what),
         {key: _rank(value, "rank_pattern", what) for key, value in ranks.items()},
         {key: _number(value, "alpha_pattern", what) for key, value in alphas.items()},
-        bool(config.get("use_rslora")),
+        rslora,
     )
-    return settings
 
 
 def _refused(what: str, meaning: str) -> UsageError:
@@ -96,12 +98,13 @@ def _refused(what: str, meaning: str) -> UsageError:
 def bad_value(what: str, key: str, value: object) -> UsageError:
     """Return the error for a value of adapter_config.json that cannot be."""
     return UsageError(
-        f"{what} has {key} = {_shown(value)} in its adapter_config.json.",
+        f"{what} has {key} = {shown(value)} in its adapter_config.json.",
         "Use an undamaged adapter.",
     )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a value of a stranger's for a sentence: in one line, of bounded length."""
     return repr(value)[:60]
 
 

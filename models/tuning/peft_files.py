@@ -13,12 +13,14 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from petalnode.errors import UsageError
 from petalnode.models.config import ModelConfig
 from petalnode.models.digests import file_sha256
 from petalnode.models.families import family_of
-from petalnode.models.shards import FLOATS, read_header
+from petalnode.models.shards import FLOATS, damaged, read_header
 from petalnode.models.sources import HUB_ID, Directory, Source, read_json
 from petalnode.models.tuning import peft_config
 from petalnode.models.tuning.check import OTHER_MODEL, check_prompt, check_shapes, check_tuning
@@ -68,10 +70,9 @@ def adapter_files(place: str, cache_dir: str | Path | None = None) -> Path:
 
     Raises `UsageError` or `ModelError` where there is none, or one without safetensors.
     """
-    path = Path(place).expanduser()
     source: Source
     match = HUB_ID.fullmatch(place)
-    if path.is_dir():
+    if (path := _directory(place)) is not None:
         source = Directory(path)
     elif match is not None and not place.startswith((".", "/", "~")):
         from petalnode.models.hub import HubRepo
@@ -79,12 +80,20 @@ def adapter_files(place: str, cache_dir: str | Path | None = None) -> Path:
         source = HubRepo(match["repo"], match["revision"], cache_dir, first=CONFIG)
     else:
         raise UsageError(
-            f"There is no adapter {place!r}.",
+            f"There is no adapter {place[:200]!r}.",
             'Give the directory of an adapter, or a Hugging Face repo as "org/name".',
         )
     _check_complete(source)
     source.fetch([CONFIG, WEIGHTS])
     return source.path(WEIGHTS).parent
+
+
+def _directory(place: str) -> Path | None:
+    try:
+        path = Path(place).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError):  # a name too long, or the home of a user who is none
+        return None
 
 
 def _check_complete(source: Source) -> None:
@@ -169,10 +178,16 @@ class _Reader:
             match = LORA_TENSOR.fullmatch(tensor)
             if match is None:
                 raise self._unknown(tensor)
-            pairs.setdefault(self._place(match["module"]), {})[match["side"]] = tensor
+            sides = pairs.setdefault(self._place(match["module"]), {})
+            if match["side"] in sides:
+                raise UsageError(
+                    f"{self.what} has one matrix twice, the second as {tensor[:100]!r}.",
+                    "Use a file with one adapter.",
+                )
+            sides[match["side"]] = tensor
         found: dict[int, dict[str, LowRank]] = {}
         module = peft_config.modules_of(self._config)
-        with safe_open(self._weights, framework="pt") as file:
+        with self._open() as file:
             for (index, site), sides in sorted(pairs.items()):
                 full = module.format(index) + site
                 self._check_pair(index, site, sides, settings.rank_of(full))
@@ -180,6 +195,14 @@ class _Reader:
                     a, b = (file.get_tensor(sides[side]).float() for side in "AB")
                     found.setdefault(index, {})[site] = LowRank(a, b, settings.scale_of(full))
         return Tuning({index: BlockTuning(lora) for index, lora in found.items()})
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._weights, framework="pt") as file:
+                yield file
+        except SafetensorError as error:  # it looks closer than `read_header`
+            raise damaged(self._weights, f"safetensors says {str(error)[:200]!r}") from error
 
     def block_bytes(self) -> Counter[int]:
         """Return what the tensors of each block take as float32."""
@@ -235,7 +258,7 @@ class _Reader:
         self._check_prompts(self.settings["peft_type"] == peft_config.OWN_PROMPT)
         found: dict[int, BlockTuning] = {}
         prompt: Tensor | None = None
-        with safe_open(self._weights, framework="pt") as file:
+        with self._open() as file:
             if SOFT_PROMPT in self._header:
                 prompt = file.get_tensor(SOFT_PROMPT).float()
                 check_prompt(self._config, prompt, f"{self.what}'s prompt")
@@ -259,7 +282,8 @@ class _Reader:
         for key, ours in (("token_dim", config.hidden_size), ("num_layers", config.num_blocks)):
             if settings.get(key, ours) not in ((ours,) if own else (ours, None)):
                 raise UsageError(
-                    f"{self.what} has {key} = {settings[key]!r}, but the model has {ours}.",
+                    f"{self.what} has {key} = {peft_config.shown(settings[key])}, "
+                    f"but the model has {ours}.",
                     OTHER_MODEL,
                 )
         names = {SOFT_PROMPT}

@@ -7,12 +7,14 @@ queue is always of different sessions and order within a session is kept.
 
 Training comes last: a turn without anything else is one step of the first training job, a block
 long, and so is every turn that the scheduler says is due (``training_is_due``). Only that job has
-activations in memory.
+activations in memory, and what was computed ahead: where nothing at all waits and nobody decodes,
+a turn is one of ``Spare``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,17 +130,24 @@ class Turn:
     failed: Callable[[Exception], None]
 
 
+class Spare(Protocol):
+    """Work for when there is no other."""
+
+    def spare_turn(self) -> Turn | None:
+        """Some, if there is any."""
+
+
 class SpanEngine:
     """Computes frames on one span. ``run`` and ``train`` may be called by any number of tasks."""
 
-    def __init__(self, span: Span, compute: Compute) -> None:
+    def __init__(self, span: Span, compute: Compute, spare: Spare | None = None) -> None:
         self.span = span
-        self._compute = compute
+        self._compute, self._spare = compute, spare
         self._queue: deque[Work] = deque()
         self._jobs: deque[Training] = deque()
         self._turns_without_training = 0
         self._arrived = trio.Event()
-        self._decoded_at = -DECODING_S
+        self._decoding_until = -math.inf
         self._prefill_is_due = False
         self.tokens = 0
         """Computed so far."""
@@ -196,18 +205,33 @@ class SpanEngine:
         assert job.steps is not None
         return job.steps
 
+    def look(self) -> None:
+        """There may be spare work."""
+        self._arrived.set()
+
     async def serve(self) -> None:
         """Compute what comes, for ever. Runs in the node's nursery."""
         while True:
-            while not self._queue and not self._jobs:
-                self._arrived = trio.Event()
+            self._arrived = trio.Event()
+            turn = self._next_turn()
+            if turn is not None:
+                await self._take_turn(turn)
+                continue
+            with trio.move_on_at(self._decoding_until if self._is_decoding() else math.inf):
                 await self._arrived.wait()
-            await self._turn()
 
-    async def _turn(self) -> None:
-        training = training_is_due(len(self._queue), len(self._jobs), self._turns_without_training)
-        self._turns_without_training = 0 if training else self._turns_without_training + 1
-        turn = self._training_turn() if training else self._rows_turn()
+    def _next_turn(self) -> Turn | None:
+        if self._queue or self._jobs:
+            waiting, jobs = len(self._queue), len(self._jobs)
+            training = training_is_due(waiting, jobs, self._turns_without_training)
+            self._turns_without_training = 0 if training else self._turns_without_training + 1
+            return self._training_turn() if training else self._rows_turn()
+        return None if self._spare is None or self._is_decoding() else self._spare.spare_turn()
+
+    def _is_decoding(self) -> bool:
+        return trio.current_time() < self._decoding_until
+
+    async def _take_turn(self, turn: Turn) -> None:
         try:
             result = await self._compute.run(turn.compute, turn.load)
         except Exception as error:  # supervision point: bad luck of one turn, not of the node
@@ -232,14 +256,9 @@ class SpanEngine:
 
     def _rows_turn(self) -> Turn:
         queue = list(self._queue)
-        now = trio.current_time()
         if any(map(is_decode, queue)):
-            self._decoded_at = now
-        shares = plan_turn(
-            queue,
-            decoding=now - self._decoded_at < DECODING_S,
-            prefill_is_due=self._prefill_is_due,
-        )
+            self._decoding_until = trio.current_time() + DECODING_S
+        shares = plan_turn(queue, decoding=self._is_decoding(), prefill_is_due=self._prefill_is_due)
         self._prefill_is_due = len(shares) < len(queue)
         pieces = [take(queue[share.index], share) for share in shares]
 

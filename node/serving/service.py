@@ -21,7 +21,7 @@ from petalnode.models.span import RowSlice, Span
 from petalnode.serving.budget import KvBudget
 from petalnode.serving.engine import SpanEngine
 from petalnode.serving.hop_session import Connect
-from petalnode.serving.kept import MAX_KEPT_BYTES, KeptPasses
+from petalnode.serving.kept import MAX_AHEAD_BYTES, MAX_KEPT_BYTES, KeptPasses
 from petalnode.serving.memory_plan import FreeMemory
 from petalnode.serving.server import DEFAULT_LOG_TOKENS, HopServer
 from petalnode.serving.session_tuning import MAX_NODE_TUNING_BYTES, TuningBudget
@@ -36,6 +36,9 @@ GRAPH_SHARE = 0.25
 KEPT_SHARE = 0.125
 """Of what is free after loading, for forward passes whose backward may come; never more than
 ``MAX_KEPT_BYTES``."""
+AHEAD_SHARE = 0.03125
+"""Of what is free after loading, for activations computed ahead; never more than
+``MAX_AHEAD_BYTES``."""
 TUNING_SHARE = 0.0625
 """Of what is free after loading, for what clients add to the blocks; never more than
 ``MAX_NODE_TUNING_BYTES``."""
@@ -146,7 +149,8 @@ async def load_service(
     tokens = kv_tokens or default_kv_tokens(span)
     budget = KvBudget(tokens, span.end - span.start)
     tunings = TuningBudget(default_tuning_bytes(device))
-    engine = SpanEngine(span, compute)
+    kept = KeptPasses(default_kept_bytes(span), default_ahead_bytes(span))
+    engine = SpanEngine(span, compute, kept)
     server = HopServer(
         engine,
         budget,
@@ -163,7 +167,7 @@ async def load_service(
         max_tokens=default_job_tokens(span),
         is_draining=lambda: server.draining,
         tunings=tunings,
-        kept=KeptPasses(default_kept_bytes(span)),
+        kept=kept,
     )
     return SpanService(span, engine, server, training, budget, throughput)
 
@@ -183,6 +187,11 @@ def default_tuning_bytes(device: torch.device) -> int:
 def default_kept_bytes(span: Span) -> int:
     """A share of the memory that is free now."""
     return min(int(free_bytes(span.device) * KEPT_SHARE), MAX_KEPT_BYTES)
+
+
+def default_ahead_bytes(span: Span) -> int:
+    """A share of the memory that is free now."""
+    return min(int(free_bytes(span.device) * AHEAD_SHARE), MAX_AHEAD_BYTES)
 
 
 def default_job_tokens(span: Span) -> int:

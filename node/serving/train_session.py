@@ -205,6 +205,7 @@ class TrainSession:
         steps = await self._train(job, inputs, tuning)
         if job.keep:
             self._kept.put(self, job, steps.forward, steps.forward.nbytes)
+            self._engine.look()
         return steps.results
 
     async def _go_back(self, job: Job, inputs: Tensors, tuning: Tuning) -> Tensors:

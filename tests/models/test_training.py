@@ -1,21 +1,18 @@
 """Forward and backward through spans against autograd over transformers' model, float32: 1e-4."""
 
-import gc
 import hashlib
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from petalnode.errors import LocalProtocolError
 from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.layers.ragged import RaggedBatch, WholeRow
 from petalnode.models.loading import load_block_span
 from petalnode.models.span import RowSlice, Span
-from petalnode.models.training import NODE_BYTES, BackwardPass, ForwardPass
+from petalnode.models.training import BackwardPass, ForwardPass
 from petalnode.models.tuning.rows import TunedRows
 from petalnode.models.tuning.tuning import NOTHING, BlockTuning, Tuning
 
@@ -34,6 +31,7 @@ from .tuned_reference import (
     noise,
     relative_error,
     some_tuning,
+    weights,
     worst_error,
 )
 
@@ -145,131 +143,6 @@ def part(span: Span, start: int, end: int) -> Span:
     return Span(span.config, start, blocks, span.dtype, span.device)
 
 
-def test_steps_after_a_forward_pass(span: Span) -> None:
-    """Two a block; it gives what a pass gives that has to go forward first, bit for bit."""
-    x, grad = batch(span.config)
-    tuning = some_tuning(span.config)
-    plain = backward([span], x, LENGTHS, tuning, grad)
-    one = ForwardPass(span, 1, 4, x, LENGTHS, tuning, keep=True)
-    finish(one)
-    assert torch.equal(one.output, forward([span], x, LENGTHS, tuning))
-    back = BackwardPass(one, grad)
-    left = []
-    while back.steps_left:
-        left.append(back.steps_left)
-        back.step()
-    assert left == [6, 5, 4, 3, 2, 1]
-    assert torch.equal(back.grad, plain[0])
-    assert all(torch.equal(back.tuning_grads[name], plain[1][name]) for name in plain[1])
-
-
-def test_activations_are_held_for_one_block_at_a_time(span: Span) -> None:
-    """None after the forward pass, and of the block that is gone through while it is."""
-    x, grad = batch(span.config)
-    one = ForwardPass(span, 1, 4, x, LENGTHS, some_tuning(span.config), keep=True)
-    finish(one)
-    assert one.kept is not None
-    saved = [block._saved for block in one.kept]
-    assert all(len(each.noted) > 10 for each in saved)
-    back = BackwardPass(one, grad)
-    while back.steps_left:
-        held = [bool(each.tensors) for each in saved if each is not None]
-        assert sum(held) == back.steps_left % 2
-        back.step()
-        saved = [block._saved for block in one.kept]
-    assert saved == []
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products that are really computed."""
-
-    count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> torch.Tensor:
-        self.count += func is torch.ops.aten.mm.default
-        result: torch.Tensor = func(*args, **(kwargs or {}))
-        return result
-
-
-def test_the_last_product_is_not_computed_again(span: Span) -> None:
-    """Nobody needs it: the gradient that comes in is that of its output."""
-    x, grad = batch(span.config)
-    back = BackwardPass(ForwardPass(span, 1, 2, x, LENGTHS, keep=True), grad)
-    counted = []
-    while back.steps_left:
-        with Products() as products:
-            back.step()
-        counted.append(products.count)
-    assert counted == [4, 3, 4], "forward; again, without the last; back"
-
-
-@pytest.mark.parametrize(
-    ("again", "why"),
-    [(lambda x: x.double().sin().float(), "something else"), (lambda x: x * 2, "less")],
-)
-def test_a_block_that_is_not_the_same_again(
-    span: Span, monkeypatch: pytest.MonkeyPatch, again: Any, why: str
-) -> None:
-    """Rather no gradient than a wrong one."""
-    x, grad = batch(span.config)
-    loaded = span.loaded(1)
-    assert loaded is not None
-    monkeypatch.setattr(loaded.block, "forward", lambda x, _: x.sin().cos())
-    one = ForwardPass(span, 1, 2, x, LENGTHS, keep=True)
-    one.step()
-    monkeypatch.setattr(loaded.block, "forward", lambda x, _: again(x))
-    with pytest.raises(LocalProtocolError, match=f"computed {why} the second time"):
-        BackwardPass(one, grad).step()
-
-
-def test_what_is_kept_ends_with_the_pass(span: Span) -> None:
-    """No tensor keeps the graph alive that keeps it; nothing waits for the garbage collector."""
-    x, grad = batch(span.config)
-    one = ForwardPass(span, 1, 4, x, LENGTHS, some_tuning(span.config), keep=True)
-    finish(one)
-    back = BackwardPass(one, grad)
-    back.step()
-    assert one.kept is not None
-    known = [weakref.ref(one.kept[0].x), weakref.ref(one.kept[-1]._saved.tensors[-1])]
-    assert all(ref() is not None for ref in known)
-    gc.disable()
-    try:
-        del back, one
-        assert all(ref() is None for ref in known)
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize(
-    ("family", "shape"),
-    [("llama", "grouped"), ("mistral", "window, grouped"), ("bloom", "four heads")],
-)
-@pytest.mark.parametrize("lengths", [[1] * 64, [300]], ids=["many rows", "a long one"])
-def test_what_is_kept_is_counted(
-    tiny_checkpoint: MakeCheckpoint, family: str, shape: str, lengths: list[int]
-) -> None:
-    """Inputs, and some memory for each node of the graphs; no masks, which nobody counts."""
-    span = load_spans(tiny_checkpoint(family=family, **SHAPES[family][shape]))[0]
-    x, blocks = noise(sum(lengths), span.config.hidden_size, seed=1), span.end
-    tuning = some_tuning(span.config)
-    plain, tuned, half = (
-        ForwardPass(span, 0, blocks, x, lengths, one, keep=True)
-        for one in (NOTHING, tuning, tuning.map(lambda tensor: tensor.bfloat16()))
-    )
-    assert plain.nbytes == 0
-    for one in (plain, tuned, half):
-        finish(one)
-        tensors, graphs = (blocks + 1) * x.nbytes, 5 * blocks * len(lengths) * NODE_BYTES
-        assert one.nbytes > tensors + graphs
-        batch = one.blocks._batch
-        assert not batch._masks
-        assert not batch._angles
-    assert tuned.nbytes > plain.nbytes + 30 * blocks * NODE_BYTES
-    assert half.nbytes == tuned.nbytes + tuning.nbytes
-
-
 def test_passes_take_turns(span: Span) -> None:
     """With each other and with rows that generate, in one span: each gets what it gets alone."""
     x, grad = batch(span.config)
@@ -310,31 +183,6 @@ def test_weights_are_untouched(tiny_checkpoint: MakeCheckpoint, quant: str) -> N
     span.forward(x, [RowSlice(span.new_row(0, 4), 0, n, tuning) for n in LENGTHS], 0, 4)
     assert checksum(span) == before
     assert not any(weight.requires_grad or weight.grad is not None for weight in weights(span))
-
-
-def weights(span: Span) -> list[torch.Tensor]:
-    """Return every tensor that a span's blocks hold."""
-    found: dict[int, torch.Tensor] = {}
-    seen: set[int] = set()
-
-    def walk(thing: Any) -> None:
-        if isinstance(thing, torch.Tensor):
-            found[id(thing)] = thing
-        elif id(thing) not in seen:
-            seen.add(id(thing))
-            if isinstance(thing, list | tuple):
-                parts: Any = thing
-            elif isinstance(thing, dict):
-                parts = thing.values()
-            else:
-                parts = [*vars(thing).values()] if hasattr(thing, "__dict__") else []
-                parts += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-            for part in parts:
-                walk(part)
-
-    walk([span.loaded(index) for index in range(span.start, span.end)])
-    assert sum(one.nbytes for one in found.values()) >= span.param_bytes
-    return list(found.values())
 
 
 def checksum(span: Span) -> str:

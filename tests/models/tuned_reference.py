@@ -170,3 +170,28 @@ def worst_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     assert ours.keys() == theirs.keys()
     assert all(one.dtype == torch.float32 for one in ours.values())
     return max(relative_error(ours[name], theirs[name]) for name in theirs)
+
+
+def weights(span: Span) -> list[torch.Tensor]:
+    """Return every tensor that a span's blocks hold."""
+    found: dict[int, torch.Tensor] = {}
+    seen: set[int] = set()
+
+    def walk(thing: Any) -> None:
+        if isinstance(thing, torch.Tensor):
+            found[id(thing)] = thing
+        elif id(thing) not in seen:
+            seen.add(id(thing))
+            if isinstance(thing, list | tuple):
+                parts: Any = thing
+            elif isinstance(thing, dict):
+                parts = thing.values()
+            else:
+                parts = [*vars(thing).values()] if hasattr(thing, "__dict__") else []
+                parts += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+            for part in parts:
+                walk(part)
+
+    walk([span.loaded(index) for index in range(span.start, span.end)])
+    assert sum(one.nbytes for one in found.values()) >= span.param_bytes
+    return list(found.values())

@@ -9,7 +9,7 @@ from petalnode.errors import LocalProtocolError
 from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.loading import load_block_span
 from petalnode.models.span import RowSlice
-from petalnode.serving.engine import RowWork, SpanEngine
+from petalnode.serving.engine import DECODING_S, RowWork, SpanEngine, Turn
 from petalnode.serving.scheduler import TURNS_PER_TRAINING_STEP
 
 
@@ -293,3 +293,75 @@ async def test_a_cancelled_job_is_dropped_at_its_next_step(span):
         nursery.cancel_scope.cancel()
     assert len(noted) <= 3  # whose turn is next, the engine's or the client's, is up to trio
     assert engine.queue_depth == 0
+
+
+class SpareSteps:
+    """So many turns of spare work, noted; `fails_at` that many left it fails."""
+
+    def __init__(self, noted, count, fails_at=None):
+        self.noted, self.count, self.fails_at = noted, count, fails_at
+        self.failures = []
+
+    def spare_turn(self):
+        if not self.count:
+            return None
+        self.count -= 1
+
+        def step():
+            self.noted.append("spare")
+            if self.count == self.fails_at:
+                raise MemoryError("no memory left")
+
+        return Turn("spare work", step, LIGHT, lambda _: None, self.failures.append)
+
+
+async def test_spare_work_waits_for_all_other(span, autojump_clock):
+    """It is looked for when the engine has nothing to do, and when it is told to look."""
+    noted = []
+    spare = SpareSteps(noted, 2)
+    engine = SpanEngine(Noting(span, noted), Inline(), spare)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.train, job("train", 2, noted), LIGHT)
+        nursery.start_soon(engine.run, 0, 4, [row(span, 300)], torch.randn(300, 64))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(engine.serve)
+        await trio.testing.wait_all_tasks_blocked()
+        assert noted[-4:] == ["train", "train", "spare", "spare"]
+        noted.clear()
+        spare.count = 1
+        await trio.sleep(60)
+        assert noted == []
+        engine.look()
+        await trio.testing.wait_all_tasks_blocked()
+        assert noted == ["spare"]
+        nursery.cancel_scope.cancel()
+    assert engine.training_steps == 2
+
+
+async def test_spare_work_waits_while_somebody_decodes(span, autojump_clock):
+    noted = []
+    engine = SpanEngine(Noting(span, noted), Inline(), SpareSteps(noted, 1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run, 0, 4, [row(span, 1)], torch.randn(1, 64))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(engine.serve)
+        await trio.sleep(DECODING_S * 0.9)
+        await engine.run(0, 4, [row(span, 1)], torch.randn(1, 64))
+        engine.look()
+        await trio.sleep(DECODING_S * 0.9)
+        assert noted == ["decode", "decode"]
+        await trio.sleep(DECODING_S * 0.2)
+        assert noted == ["decode", "decode", "spare"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_spare_work_that_fails_is_told_to_its_owner(span, caplog):
+    noted = []
+    spare = SpareSteps(noted, 2, fails_at=1)
+    engine = SpanEngine(span, Inline(), spare)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.serve)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert noted == ["spare", "spare"]
+    assert [str(error) for error in spare.failures] == ["no memory left"]

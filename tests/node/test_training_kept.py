@@ -57,6 +57,8 @@ async def test_backward_goes_to_whoever_kept_the_way(checkpoint, batch):
     """It sends the gradient alone; two steps a block, none for the way there."""
     spans = [*TWO, ("a2", 0, 2), ("b2", 2, 4)]
     async with open_training_swarm(checkpoint, spans) as swarm, swarm.training() as training:
+        for peer in swarm.peers.values():
+            peer.server._kept.ahead_size = 0
         _, record = await training.forward(batch[0], LENGTHS, tuning())
         ways = [[one.held.line.peer_id for one in passed] for passed in record.passed]
         steps = sum(peer.engine.training_steps for peer in swarm.peers.values())

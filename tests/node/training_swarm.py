@@ -72,7 +72,9 @@ class TrainingSwarm:
         """A peer that serves blocks [start, end); ``weights``: their dtype and quantization."""
         compute = Inline()
         weights = {"dtype": "float32", **weights}
-        engine = SpanEngine(load_block_span(self.checkpoint, start, end, **weights), compute)
+        kept = KeptPasses()
+        span = load_block_span(self.checkpoint, start, end, **weights)
+        engine = SpanEngine(span, compute, kept)
         server = TrainServer(
             engine,
             compute,
@@ -80,7 +82,7 @@ class TrainingSwarm:
             max_tokens=max_tokens,
             is_draining=lambda: peer.draining,
             tunings=TuningBudget(),
-            kept=KeptPasses(),
+            kept=kept,
         )
         peer = self.peers[peer_id] = Peer(engine, server)
         train = engine.train

@@ -1,0 +1,182 @@
+"""Activations that a hop computes before their gradient is there: whose, how many, and what ends
+them."""
+
+import pytest
+import torch
+import trio
+import trio.testing
+
+from petalnode.serving.kept import KeptPasses
+from petalnode.training.protocol import Job
+
+from .training_swarm import HIDDEN, numbers, open_training_swarm, tuning
+
+LENGTHS = [40, 90, 7, 128, 61]
+TOKENS = sum(LENGTHS)
+TWO = [("a", 0, 2), ("b", 2, 4)]
+
+
+class Owner:
+    """A session, each of a peer of its own."""
+
+    def __init__(self, client):
+        self.client = client
+
+
+class Pass:
+    """A forward pass of so many blocks, whose activations take 10 bytes each."""
+
+    def __init__(self, blocks=2):
+        self.blocks, self.restored, self.size = blocks, 0, 10
+
+    @property
+    def ahead(self):
+        return self.size if self.restored < self.blocks else 0
+
+    def restore(self):
+        self.restored += 1
+
+    def let_go(self):
+        self.restored = 0
+
+
+def put(kept, owner, number, blocks=2):
+    one = Pass(blocks)
+    kept.put(owner, Job("forward", number, 0, 4, (3,), 0, keep=True), one, 1)
+    return one
+
+
+def take(kept, owner, number):
+    return kept.take(owner, Job("backward", 99, 0, 4, (3,), 0, of=number))
+
+
+def spare(kept, turns=99):
+    """Take up to so many turns of spare work; how many there were."""
+    taken = 0
+    while taken < turns and (turn := kept.spare_turn()) is not None:
+        turn.done(turn.compute())
+        taken += 1
+    return taken
+
+
+def test_the_pass_that_is_next_is_ahead():
+    """The first of a batch, and then the one after the last that was taken."""
+    kept, owner = KeptPasses(100, 100), Owner("one")
+    passes = {number: put(kept, owner, number) for number in (3, 4, 5)}
+    assert spare(kept) == 2
+    assert [one.restored for one in passes.values()] == [2, 0, 0]
+    first = take(kept, owner, 3)
+    assert spare(kept) == 2
+    assert passes[4].restored == 2, "while the first is gone back through"
+    kept.give_back(owner, first)
+    assert kept.ahead == 20
+    kept.give_back(owner, take(kept, owner, 5))
+    assert (passes[5].restored, spare(kept)) == (0, 0)
+    kept.give_back(owner, take(kept, owner, 4))
+    assert (kept.ahead, kept.used, spare(kept)) == (0, 0, 0)
+
+
+def test_a_pass_that_is_never_gone_back_through_is_in_nobodys_way():
+    kept, owner = KeptPasses(100, 20), Owner("one")
+    stale = put(kept, owner, 1)
+    assert spare(kept) == 2
+    batch = [put(kept, owner, number) for number in (2, 3)]
+    kept.give_back(owner, take(kept, owner, 2))
+    assert spare(kept) == 2
+    assert (stale.restored, batch[1].restored) == (0, 2), "its activations made room"
+    assert kept.ahead == 20
+
+
+def test_who_was_here_last_comes_first():
+    """Others get what room is left."""
+    kept, early, late = KeptPasses(100, 30), Owner("early"), Owner("late")
+    old, new = put(kept, early, 1), put(kept, late, 1)
+    assert spare(kept) == 3
+    assert (old.restored, new.restored) == (1, 2)
+    put(kept, early, 2)
+    assert spare(kept) == 2
+    assert (old.restored, new.restored) == (2, 1)
+    assert (kept.ahead, spare(kept)) == (30, 0), "nobody takes it back and forth"
+
+
+def test_no_more_is_ahead_than_there_is_room_for():
+    kept, owner = KeptPasses(100, 35), Owner("one")
+    one = put(kept, owner, 1, blocks=9)
+    assert spare(kept) == 3
+    assert (one.restored, kept.ahead) == (3, 30)
+    kept.give_back(owner, take(kept, owner, 1))
+    assert kept.ahead == 0
+    put(KeptPasses(100, 9), owner, 1)
+    assert spare(KeptPasses(100, 9)) == 0
+
+
+def test_what_cannot_fit_lets_nobody_go():
+    kept, small, large = KeptPasses(100, 25), Owner("small"), Owner("large")
+    one = put(kept, small, 1)
+    put(kept, large, 1, blocks=1).size = 30
+    assert spare(kept) == 2
+    assert (one.restored, kept.ahead) == (2, 20)
+
+
+@pytest.mark.parametrize("end", ["forgotten", "pushed out", "failed", "made anew"])
+def test_what_goes_takes_its_activations_along(end):
+    kept, owner = KeptPasses(2, 100), Owner("one")
+    put(kept, owner, 1)
+    assert spare(kept, 1) == 1
+    turn = kept.spare_turn()
+    assert kept.ahead == 20
+    if end == "forgotten":
+        kept.forget(owner)
+    elif end == "pushed out":
+        for number in (2, 3):
+            put(kept, owner, number)
+    elif end == "failed":
+        turn.failed(MemoryError())
+        assert take(kept, owner, 1) is None
+    else:
+        again = put(kept, owner, 1)
+        turn.failed(MemoryError())
+        assert take(kept, owner, 1).forward is again, "another than the one that failed"
+    assert kept.ahead == 0
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return numbers(TOKENS, HIDDEN), numbers(TOKENS, HIDDEN, seed=2)
+
+
+async def both_ways(swarm, training, batch):
+    """The gradients, and how many steps of training it took to go back."""
+    _, record = await training.forward(batch[0], LENGTHS, tuning())
+    await trio.testing.wait_all_tasks_blocked()
+    before = sum(peer.engine.training_steps for peer in swarm.peers.values())
+    result = await training.backward(record, batch[1])
+    return result, sum(peer.engine.training_steps for peer in swarm.peers.values()) - before
+
+
+async def test_a_hop_that_waits_computes_ahead(tiny_checkpoint, batch):
+    """Bit for bit what it gives otherwise, in fewer steps; nothing is left in the end."""
+    async with open_training_swarm(tiny_checkpoint(), TWO) as swarm, swarm.training() as training:
+        kept = [peer.server._kept for peer in swarm.peers.values()]
+        sizes = [one.ahead_size for one in kept]
+        for one in kept:
+            one.ahead_size = 0
+        (grad, grads), steps = await both_ways(swarm, training, batch)
+        for one, size in zip(kept, sizes, strict=True):
+            one.ahead_size = size
+        ours, fewer = await both_ways(swarm, training, batch)
+        assert torch.equal(ours[0], grad)
+        assert all(torch.equal(ours[1][name], grads[name]) for name in grads)
+        assert fewer <= steps - 4, "two hops had all of their first pass"
+        await trio.testing.wait_all_tasks_blocked()
+        assert [one.ahead for one in kept] == [one.used for one in kept] == [0, 0]
+
+
+async def test_a_client_that_leaves_leaves_nothing_ahead(tiny_checkpoint, batch):
+    async with open_training_swarm(tiny_checkpoint(), TWO) as swarm:
+        async with swarm.training() as training:
+            await training.forward(batch[0], LENGTHS)
+            await trio.testing.wait_all_tasks_blocked()
+            assert all(peer.server._kept.ahead for peer in swarm.peers.values())
+        await trio.testing.wait_all_tasks_blocked()
+        assert [peer.server._kept.ahead for peer in swarm.peers.values()] == [0, 0]
