@@ -190,6 +190,7 @@ class _Checkpoint:
     def restore(self) -> None:
         """Run the function again, up to the last activation that the graph needs."""
         saved = self._saved
+        saved.tensors.clear()  # what an attempt took that failed
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.take, saved.get)
         try:
             with torch.enable_grad(), hooks:

@@ -12,7 +12,7 @@ from petalnode.errors import LocalProtocolError
 from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.loading import load_block_span
 from petalnode.models.span import Span
-from petalnode.models.training import NODE_BYTES, BackwardPass, ForwardPass
+from petalnode.models.training import NODE_BYTES, BackwardPass, ForwardPass, _Saved
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 
 from ..checkpoints import MakeCheckpoint
@@ -205,6 +205,31 @@ def test_activations_that_were_let_go_come_again(span: Span) -> None:
     assert known() is None
     back = BackwardPass(one, grad)
     assert back.steps_left == 6
+    finish(back)
+    assert torch.equal(back.grad, backward([span], x, LENGTHS, NOTHING, grad)[0])
+
+
+def test_an_attempt_that_fails_leaves_nothing_behind(
+    span: Span, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, in the midst of a block: the next attempt takes everything again."""
+    x, grad = batch(span.config)
+    one, take, taken = kept_pass(span), _Saved.take, 0
+
+    def failing(saved: Any, tensor: torch.Tensor) -> int:
+        nonlocal taken
+        taken += 1
+        if taken > 7:
+            raise MemoryError
+        return take(saved, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Saved, "take", failing)
+        with pytest.raises(MemoryError):
+            one.restore()
+    assert one.kept is not None
+    assert one.kept[-1]._saved.tensors
+    back = BackwardPass(one, grad)
     finish(back)
     assert torch.equal(back.grad, backward([span], x, LENGTHS, NOTHING, grad)[0])
 
