@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from petalnode.models.finite import is_finite
 from petalnode.models.span import Span
 from petalnode.models.training import BackwardPass, ForwardPass
 from petalnode.models.tuning.tuning import Tuning
@@ -67,7 +68,7 @@ def why_not_finite(job: Job, inputs: Tensors) -> Refusal | None:
     """A refusal that names what came as NaN or infinite."""
     names = {"x": "the hidden states", "g": "the gradient"}
     for name, tensor in inputs.items():
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             what = f"{names[name]} for blocks {job.start}:{job.end}"
             return Refusal("numbers", f"{what} hold numbers that are not finite")
     return None
@@ -76,7 +77,7 @@ def why_not_finite(job: Job, inputs: Tensors) -> Refusal | None:
 def why_no_results(job: Job, results: Tensors) -> Refusal | None:
     """A refusal where the computation left what numbers can hold."""
     for tensor in results.values():
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             went = "forward" if job.kind == "forward" else "backward"
             why = f"{went} through blocks {job.start}:{job.end} the numbers become infinite or NaN"
             return Refusal("numbers", why)

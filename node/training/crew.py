@@ -17,6 +17,7 @@ import trio
 
 from petalnode.errors import NoRoute, PeerError, PeerRefused, UsageError
 from petalnode.events import HopLost, Report, Waiting
+from petalnode.models.finite import is_finite
 from petalnode.routing.speeds import SpeedLedger
 from petalnode.session.line import misbehaved
 from petalnode.training.line import Added, Tensors, TrainLine
@@ -353,5 +354,5 @@ def check_answer(peer_id: str, work: Work, stage: Stage, answer: Tensors) -> Non
         shapes |= {name: tensor.shape for name, tensor in part.named()}
     if {name: tensor.shape for name, tensor in answer.items()} != shapes:
         raise misbehaved(peer_id, "its answer has not the tensors that were asked for")
-    if not all(bool(tensor.isfinite().all()) for tensor in answer.values()):
+    if not all(map(is_finite, answer.values())):
         raise misbehaved(peer_id, "its answer holds numbers that are not finite")

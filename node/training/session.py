@@ -21,6 +21,7 @@ import trio
 from petalnode.compute import Compute
 from petalnode.errors import PeerRefused, UsageError
 from petalnode.models.config import ModelConfig
+from petalnode.models.finite import is_finite
 from petalnode.models.tuning.check import check_tuning
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.nurseries import plain_errors
@@ -280,7 +281,7 @@ def check_gradient(record: Record, grad: torch.Tensor) -> None:
 
 def check_finite(what: str, tensor: torch.Tensor) -> None:
     """Raise ``UsageError`` that names what holds NaN or infinity."""
-    if not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise UsageError(
             f"{what} hold{'s' if what.startswith('The gradient') else ''} numbers that are not "
             "finite.",
