@@ -119,8 +119,9 @@ def throughput(seconds: dict[Key, list[float]], result: Result) -> None:
         "micro-batches: as few rows at a time as the hops of a chain get, 256 tokens; one node "
         "alone gets 384. Products of few tokens cost more each. A batch of 1 × 128 is one "
         "micro-batch: a second node cannot speed it up. The bound of two nodes on 8 × 128, four "
-        "micro-batches, is 4 / 5 of twice one node's rate each way: either waits for the other "
-        "while the first or the last is computed."
+        "micro-batches, is 4 / 5 of twice one node's rate: either waits for the other while the "
+        "first or the last is computed. Backward, a node that waits computes activations again "
+        "meanwhile."
     )
 
 
