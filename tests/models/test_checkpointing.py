@@ -1,7 +1,10 @@
 """What passes keep and compute again (checkpointing): no more than they say, and not a bit else."""
 
+import ctypes
 import gc
+import tracemalloc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -263,3 +266,62 @@ def test_activations_are_counted(tiny_checkpoint: MakeCheckpoint, family: str, q
         taken = sum(storages.values())
         assert 0.8 * taken <= said <= 2 * taken, (said, taken)
         assert not one.blocks._batch._masks
+
+
+HEAP_FIELDS = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
+
+
+class HeapUse(ctypes.Structure):
+    """What glibc says of its heap (`mallinfo2`)."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in HEAP_FIELDS]
+
+
+def taken_by_c(make: Callable[[], object]) -> int:
+    """Return the bytes that C code takes from the heap for what is made, torch's included."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = HeapUse
+    gc.collect()
+    before = mallinfo2()
+    made = make()
+    after = mallinfo2()
+    del made
+    return int(after.uordblks + after.hblkhd - before.uordblks - before.hblkhd)
+
+
+def taken_by_python(make: Callable[[], object]) -> int:
+    """Return the bytes of Python objects in what is made."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        made = make()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    del made
+    return taken
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells what is allocated"
+)
+@pytest.mark.parametrize("lengths", [[1] * 64, [2] * 32, [64]], ids=["ones", "pairs", "one row"])
+def test_a_node_of_a_graph_takes_less_than_is_counted(span: Span, lengths: list[int]) -> None:
+    """But not much less: that would be room counted away."""
+    x = noise(64, span.config.hidden_size, seed=1)
+
+    def kept() -> ForwardPass:
+        one = ForwardPass(span, 1, 4, x, lengths, keep=True)
+        finish(one)
+        return one
+
+    def many() -> list[ForwardPass]:
+        return [kept() for _ in range(20)]
+
+    blocks = kept().kept or []
+    tensors, nodes = sum(one.y.nbytes for one in blocks), sum(one.nodes for one in blocks)
+    each = ((taken_by_c(many) + taken_by_python(many)) / 20 - tensors) / nodes
+    assert NODE_BYTES / 2 < each < NODE_BYTES
