@@ -42,10 +42,10 @@ def pack_tensors(
     tensors: list[torch.Tensor] = []
     size = 0
     for name, tensor in named:
-        matrix, first = tensor.detach().cpu().contiguous(), 0
+        matrix, first = tensor.detach().cpu(), 0
         row_bytes = matrix.nbytes // len(matrix)
         while first < len(matrix):
-            fitting = (max_bytes - size - ALIGN) // row_bytes
+            fitting = (max_bytes - size) // row_bytes
             if tensors and (fitting < 1 or len(tensors) == MAX_TENSORS):
                 yield {**header, "parts": parts, "last": False}, tensors
                 parts, tensors, size = [], [], 0
@@ -97,6 +97,8 @@ class TensorCollector:
         if not isinstance(entry, list) or len(entry) != 4:
             raise BadMessage("a part is not name, rows, first, scale")
         name, rows = text(entry[0]), whole(entry[1], 1, MAX_MATRIX_ROWS)
+        if not name.isprintable():  # sentences name it
+            raise BadMessage("the name of a tensor cannot be printed")
         first = whole(entry[2], 0, rows - 1)
         if tensor.dim() != 2 or not tensor.numel() or not tensor.is_floating_point():
             raise BadMessage(f"{name} is no matrix of floating point numbers")

@@ -41,7 +41,7 @@ class Collector:
     """
 
     def __init__(self, config: ModelConfig, start: int, end: int, limit_bytes: int) -> None:
-        self._start, self._end = max(0, start), min(end, config.num_blocks)
+        self._start, self._end = start, min(end, config.num_blocks)
         self._tensors = TensorCollector(limit_bytes, (end - start) * MAX_BLOCK_TENSORS)
 
     @property
@@ -79,10 +79,9 @@ class Collector:
         lora = {}
         for site in sorted({name.rpartition(".")[0] for name in named}):
             a, b = named.pop(f"{site}.a", None), named.pop(f"{site}.b", None)
-            scale = self._tensors.scales.get(f"{index}.{site}.a")
-            if a is None or b is None or scale is None:
+            if a is None or b is None:
                 raise BadMessage(f"{index}.{site} is not a pair of matrices")
-            lora[site] = LowRank(a, b, scale)
+            lora[site] = LowRank(a, b, self._tensors.scales[f"{index}.{site}.a"])
         if named:
             raise BadMessage(f"{index}.{next(iter(named))} names no tensor of a tuning")
         return BlockTuning(lora, prompt)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 from petalnode.errors import UsageError
 from petalnode.models.config import ModelConfig
+from petalnode.models.finite import is_finite
 from petalnode.models.tuning.sites import lora_sites, unknown_target
 from petalnode.models.tuning.tuning import LowRank, Tuning
 
@@ -62,14 +65,15 @@ def check_rank(rank: int, what: str) -> None:
 
 def check_scale(scale: float, what: str) -> None:
     """Raise `UsageError` for a scale, alpha / rank, that is no ordinary number."""
-    if not _is_number(scale) or not abs(scale) <= MAX_SCALE:  # also nan, or too long for a float
+    if not is_number(scale) or not abs(scale) <= MAX_SCALE:  # also nan, or too long for a float
         raise UsageError(
             f"{what} has the scale {str(scale)[:40]}.",
             f"Use one of at most {MAX_SCALE:g} (alpha / rank).",
         )
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value of a stranger's is a number: true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -99,8 +103,7 @@ def _check_numbers(what: str, tensor: Tensor) -> None:
         names = ", ".join(str(one).removeprefix("torch.") for one in FLOATS)
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UsageError(f"{what} has the dtype {dtype}.", f"Use one of {names}.")
-    # A NaN is both the least and the greatest; isfinite() of every number takes ten times as long.
-    if not all(bool(one.isfinite()) for one in torch.aminmax(tensor.detach())):
+    if not is_finite(tensor):
         raise UsageError(
             f"{what} holds numbers that are not finite.",
             "Go back to an adapter from before its training failed.",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from petalnode.errors import UsageError
 from petalnode.models.config import ModelConfig
 from petalnode.models.families import family_of
-from petalnode.models.tuning.check import check_rank, check_scale
+from petalnode.models.tuning.check import check_rank, check_scale, is_number
 
 LORA, PROMPT, OWN_PROMPT = "LORA", "PROMPT_TUNING", "PETALNODE_PROMPT"
 """Values of peft_type; the last is for prompts that peft has no files for."""
@@ -76,7 +76,7 @@ def read_lora(config: Mapping[str, Any], what: str) -> LoraSettings:
         _patterns(config, "rank_pattern", what),
         _patterns(config, "alpha_pattern", what),
     )
-    rslora = config.get("use_rslora", False)
+    rslora = config.get("use_rslora") or False
     if type(rslora) is not bool:
         raise bad_value(what, "use_rslora", rslora)
     return LoraSettings(
@@ -116,11 +116,10 @@ def _rank(value: object, key: str, what: str) -> int:
 
 
 def _number(value: object, key: str, what: str) -> float:
-    if type(value) not in (int, float):
+    if not is_number(value):
         raise bad_value(what, key, value)
-    assert isinstance(value, int | float)
     check_scale(value, what)
-    return float(value)
+    return value
 
 
 def _patterns(config: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
@@ -132,8 +131,13 @@ def _patterns(config: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
     for pattern, value in given.items():
         match = PLAIN_PATTERN.fullmatch(pattern)
         if match is None:
-            raise bad_value(what, key, pattern)
-        plain["^." * bool(match["start"]) + match["key"].replace("\\.", ".")] = value
+            raise UsageError(
+                f"{what} has the expression {shown(pattern)} in its {key}, "
+                "and petalnode runs none of a stranger's.",
+                "Write the modules' own names there.",
+            )
+        end = "^." * bool(match["start"]) + match["key"].replace("\\.", ".")
+        plain.setdefault(end, value)
     return plain
 
 

@@ -74,7 +74,7 @@ def adapter_files(place: str, cache_dir: str | Path | None = None) -> Path:
     match = HUB_ID.fullmatch(place)
     if (path := _directory(place)) is not None:
         source = Directory(path)
-    elif match is not None and not place.startswith((".", "/", "~")):
+    elif match is not None and not place.startswith("."):
         from petalnode.models.hub import HubRepo
 
         source = HubRepo(match["repo"], match["revision"], cache_dir, first=CONFIG)
@@ -97,19 +97,30 @@ def _directory(place: str) -> Path | None:
 
 
 def _check_complete(source: Source) -> None:
-    if not source.has(CONFIG):
+    try:
+        lacks = _lacks(source)
+    except OSError as error:
         raise UsageError(
+            f"{source} cannot be read: {error.strerror}.", "Check its permissions."
+        ) from error
+    if lacks is not None:
+        raise lacks
+
+
+def _lacks(source: Source) -> UsageError | None:
+    if not source.has(CONFIG):
+        return UsageError(
             f"{source} has no {CONFIG}.", f"Give an adapter: {CONFIG} and {WEIGHTS}, as peft saves."
         )
     if source.has(WEIGHTS):
-        return
+        return None
     pickled = source.pickled_weights()
     if pickled is not None:
-        raise UsageError(
+        return UsageError(
             f"{source} has only pickled weights ({pickled}), which could run any code.",
             "Save the adapter with peft's save_pretrained as safetensors.",
         )
-    raise UsageError(f"{source} has no {WEIGHTS}.", "Use a complete adapter.")
+    return UsageError(f"{source} has no {WEIGHTS}.", "Use a complete adapter.")
 
 
 def adapter_digest(place: Path) -> str:
@@ -220,7 +231,7 @@ class _Reader:
     def _place(self, module: str) -> tuple[int, str]:
         """Return the block and the site of a module's full name."""
         family = family_of(self._config)
-        path = module.removeprefix(PEFT_ROOT).removeprefix("base_model.")
+        path = module.removeprefix(PEFT_ROOT)
         layers = family.blocks.removeprefix(family.roots[0]).removesuffix("{}.")
         roots = "|".join(re.escape(root) for root in (*family.roots, ""))
         match = re.fullmatch(
@@ -280,7 +291,7 @@ class _Reader:
         if type(tokens) is not int or not 0 < tokens < config.max_positions:
             raise peft_config.bad_value(self.what, "num_virtual_tokens", tokens)
         for key, ours in (("token_dim", config.hidden_size), ("num_layers", config.num_blocks)):
-            if settings.get(key, ours) not in ((ours,) if own else (ours, None)):
+            if settings.get(key) not in (ours, None):
                 raise UsageError(
                     f"{self.what} has {key} = {peft_config.shown(settings[key])}, "
                     f"but the model has {ours}.",
@@ -325,7 +336,7 @@ def save_adapter(path: Path, adapter: Adapter, config: ModelConfig, base_model: 
     made = _prompt_files if prompts else _lora_files
     tensors, settings = made(adapter, config, base_model)
     tensors = {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        name: tensor.to("cpu", torch.float32, copy=True).contiguous()
         for name, tensor in tensors.items()
     }
     try:

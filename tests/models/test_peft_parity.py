@@ -1,5 +1,6 @@
 """The package peft itself, both ways: adapters saved here, and adapters it saves; logits 1e-4."""
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.loading import load_block_span, load_client
 from petalnode.models.span import RowSlice
+from petalnode.models.tuning.peft_config import CHANGES_MORE
 from petalnode.models.tuning.peft_files import Adapter, load_adapter, save_adapter
 from petalnode.models.tuning.tuning import NOTHING, BlockTuning, LowRank, Tuning
 
@@ -32,6 +34,21 @@ def peft() -> Any:
         warnings.simplefilter("ignore")
         import peft
     return peft
+
+
+READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "peft_type"}
+READ |= {"init_lora_weights", "base_model_name_or_path"}
+NO_MATTER = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode"}
+NO_MATTER |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "ensure_weight_tying"}
+NO_MATTER |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+NO_MATTER |= {"megatron_core", "qalora_group_size"}  # nothing without what is refused
+NO_MATTER |= {f"{start}_config" for start in ("loftq", "eva", "corda", "lora_ga")}  # nor these
+
+
+def test_every_setting_of_peft_is_known(peft: Any) -> None:
+    """One that a new version adds may change the result: it shall not be passed over."""
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields - READ - NO_MATTER <= set(CHANGES_MORE)
 
 
 @pytest.fixture(scope="module", params=FIRST)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,7 +114,36 @@ def test_half_precision_spans_take_any_dtype(path: Path, dtype: str) -> None:
 def test_neighbours_with_one_tuning_are_one_range() -> None:
     pair = LowRank(noise(1, 4, seed=1), noise(4, 1, seed=2), 1.0)
     a, b = Tuning({0: BlockTuning({"q": pair})}), Tuning({0: BlockTuning({"q": pair})})
-    rows = TunedRows([WholeRow(3, a), WholeRow(2, a), WholeRow(1), WholeRow(4, a), WholeRow(5, b)])
+    rows = TunedRows(
+        [
+            WholeRow(3, a),
+            WholeRow(2, a),
+            WholeRow(1),
+            WholeRow(4, a),
+            WholeRow(5, b),
+            WholeRow(1, b),
+        ]
+    )
     cut = [(one.begin, one.end) for one in rows.additions(0)]
-    assert cut == [(0, 5), (6, 10), (10, 15)]
+    assert cut == [(0, 5), (6, 10), (10, 16)]
     assert list(rows.additions(1)) == []
+
+
+def test_prompts_go_to_the_positions_that_they_are_for() -> None:
+    """Of rows that are at different places, and not to the layers."""
+    prompted = Tuning({0: BlockTuning(prompt=torch.tensor([[1.0], [2.0], [3.0]]))})
+
+    def prompts(*rows: tuple[int, int, Tuning | None]) -> list[float]:
+        added = TunedRows([SimpleNamespace(position=p, n=n, tuning=t) for p, n, t in rows])
+        assert list(added.additions(0)) == []
+        x = torch.zeros(sum(n for _, n, _ in rows), 1)
+        y = added.prompted(0, x)
+        assert not x.any(), "the input is somebody else's"
+        return [float(one) for one in y]
+
+    assert prompts((0, 5, prompted)) == [1, 2, 3, 0, 0]
+    assert prompts((1, 1, prompted), (3, 2, prompted), (0, 2, prompted)) == [2, 0, 0, 1, 2]
+    assert prompts((0, 2, None), (2, 2, prompted), (0, 1, NOTHING)) == [0, 0, 3, 0, 0]
+    rows = TunedRows([SimpleNamespace(position=3, n=2, tuning=prompted)])
+    x = torch.zeros(2, 1)
+    assert rows.prompted(0, x) is x, "nothing is copied for nothing"

@@ -11,7 +11,14 @@ from petalnode.errors import UsageError
 from petalnode.models.config import ModelConfig
 from petalnode.models.families import read_config
 from petalnode.models.layout import block_layout
-from petalnode.models.tuning.check import MAX_RANK, check_prompt, check_tuning
+from petalnode.models.tuning.check import (
+    MAX_RANK,
+    MAX_SCALE,
+    check_prompt,
+    check_rank,
+    check_scale,
+    check_tuning,
+)
 from petalnode.models.tuning.lora import new_lora
 from petalnode.models.tuning.sites import lora_sites, match_targets
 from petalnode.models.tuning.tuning import NOTHING, BlockTuning, LowRank, Tuning
@@ -37,6 +44,7 @@ def message(call: Callable[[], object]) -> str:
         call()
     assert caught.value.cause.endswith(".")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500, "whatever was given"
     return str(caught.value)
 
 
@@ -50,6 +58,8 @@ def test_sites_of_a_llama() -> None:
         "mlp.up_proj": (72, 48),
         "mlp.down_proj": (48, 72),
     }
+    lora_sites(LLAMA, 1).clear()
+    assert lora_sites(LLAMA, 1), "each caller has its own"
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -83,6 +93,8 @@ def test_targets_that_are_none() -> None:
         assert "self_attn.q_proj" in told
     assert "'7'" in message(lambda: match_targets(LLAMA, [7]))  # type: ignore[list-item]
     assert "No target modules" in message(lambda: match_targets(LLAMA, []))
+    there = "mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj, self_attn.o_proj, "
+    assert f"Name some of {there}self_attn.q_proj, self_attn.v_proj." in told
     told = message(lambda: match_targets(config_of("mixtral"), ["gate"]))
     assert "'gate'" in told, "routers stay as they are"
 
@@ -111,7 +123,7 @@ def test_new_matrices_depend_on_the_seed_alone() -> None:
 
     assert all(map(torch.equal, draw(1), draw(1)))
     assert not torch.equal(draw(1)[0], draw(2)[0])
-    assert draw(1, torch.bfloat16)[0].dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in draw(1, torch.bfloat16)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -132,15 +144,16 @@ def test_new_matrices_depend_on_the_seed_alone() -> None:
         (10**400, 1, "rank 1000"),
         (4, 10**400, "scale 1000"),
         (4, "8", "scale 8"),
+        (4, "8" * 10**6, "scale 8"),
+        ("4" * 10**6, 1, "rank 4"),
         (4, None, "scale None"),
         (4, True, "scale True"),
     ],
 )
 def test_bad_ranks(rank: Any, alpha: Any, words: str) -> None:
     rng = torch.Generator()
-    assert words in message(
-        lambda: new_lora(LLAMA, rank=rank, alpha=alpha, targets=["q_proj"], rng=rng)
-    )
+    told = message(lambda: new_lora(LLAMA, rank=rank, alpha=alpha, targets=["q_proj"], rng=rng))
+    assert told.startswith(f"The adapter has the {words}")
 
 
 def pair(a: Any = (2, 48), b: Any = (48, 2), scale: float = 1.0, dtype: Any = None) -> LowRank:
@@ -167,6 +180,7 @@ BAD: dict[str, tuple[Tuning, str]] = {
     "another model's outputs": (Tuning({2: BlockTuning({Q: pair(b=(64, 2))})}), "[64, 2]"),
     "ranks that differ": (Tuning({2: BlockTuning({Q: pair(b=(48, 3))})}), "[48, 3]"),
     "turned around": (Tuning({2: BlockTuning({Q: pair(a=(48, 2), b=(2, 48))})}), "[48, 2]"),
+    "no dimension": (Tuning({2: BlockTuning({Q: pair(a=(), b=())})}), "[] and []"),
     "one dimension": (Tuning({2: BlockTuning({Q: pair(a=(48,))})}), "[48]"),
     "rank 0": (Tuning({2: BlockTuning({Q: pair(a=(0, 48), b=(48, 0))})}), "rank 0"),
     "an absurd rank": (
@@ -181,13 +195,20 @@ BAD: dict[str, tuple[Tuning, str]] = {
         "scale 1.",
     ),
     "a scale that is none": (Tuning({1: BlockTuning({Q: pair(scale=math.nan)})}), "scale nan"),
-    "float64": (Tuning({1: BlockTuning({Q: pair(dtype=torch.float64)})}), "dtype float64"),
+    "an absurd scale below zero": (Tuning({1: BlockTuning({Q: pair(scale=-1e9)})}), "scale -1000"),
+    "float64": (
+        Tuning({1: BlockTuning({Q: pair(dtype=torch.float64)})}),
+        "block 1 has the dtype float64. Use one of float32, bfloat16, float16.",
+    ),
     "integers": (Tuning({1: BlockTuning({Q: pair(dtype=torch.int32)})}), "dtype int32"),
     "two dtypes": (
         Tuning({1: BlockTuning({Q: LowRank(pair().a, pair().b.bfloat16(), 1.0)})}),
         "differ in dtype",
     ),
-    "a narrow prompt": (Tuning({1: BlockTuning(prompt=noise(3, 47, seed=1))}), "[3, 47]"),
+    "a narrow prompt": (
+        Tuning({1: BlockTuning(prompt=noise(3, 47, seed=1))}),
+        "shape [3, 47], but",
+    ),
     "a flat prompt": (Tuning({1: BlockTuning(prompt=noise(48, seed=1))}), "[48]"),
     "an empty prompt": (Tuning({1: BlockTuning(prompt=noise(0, 48, seed=1))}), "0 tokens"),
     "a prompt as long as the context": (
@@ -212,10 +233,25 @@ def test_good_tunings() -> None:
     check_tuning(LLAMA, 0, 3, whole)
     check_tuning(LLAMA, 1, 2, whole.within(1, 2))
     check_tuning(LLAMA, 1, 2, NOTHING)
-    check_tuning(LLAMA, 0, 3, whole.to(torch.float16, torch.device("cpu")))
+    for dtype in (torch.float16, torch.bfloat16):
+        check_tuning(LLAMA, 0, 3, whole.to(dtype, torch.device("cpu")))
     check_tuning(LLAMA, 0, 3, Tuning({2: BlockTuning(prompt=noise(511, 48, seed=1))}))
     check_prompt(LLAMA, noise(1, 48, seed=1))
     assert message(lambda: check_prompt(LLAMA, noise(1, 47, seed=1))).startswith("The prompt has")
+
+
+def test_limits_can_be_reached() -> None:
+    check_rank(1, "x")
+    check_rank(MAX_RANK, "x")
+    for scale in (MAX_SCALE, -MAX_SCALE, 0):
+        check_scale(scale, "x")
+
+
+def test_other_dtypes() -> None:
+    halves = some_tuning(LLAMA).to(torch.bfloat16, torch.device("cpu"))
+    assert {tensor.dtype for _, tensor in halves.named()} == {torch.bfloat16}
+    for _, leaf in halves.leaves(torch.device("cpu")).named():
+        assert (leaf.dtype, leaf.requires_grad, leaf.is_leaf) == (torch.float32, True, True)
 
 
 def test_sizes_and_names() -> None:
@@ -223,6 +259,8 @@ def test_sizes_and_names() -> None:
     names = [name for name, _ in tuning.named()]
     assert names[0] == "1.mlp.down_proj.a"
     assert names[-1] == "2.prompt"
+    turned = Tuning(dict(reversed(tuning.blocks.items())))
+    assert [name for name, _ in turned.named()] == names
     assert tuning.nbytes == sum(tensor.nbytes for _, tensor in tuning.named())
     leaves = tuning.leaves(torch.device("cpu"))
     assert [name for name, _ in leaves.named()] == names

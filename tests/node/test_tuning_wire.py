@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from petalnode.errors import LocalProtocolError
 from petalnode.models.tuning.tuning import NOTHING, BlockTuning, LowRank, Tuning
-from petalnode.p2p.frames import MAX_TENSORS, Frame
-from petalnode.protocol import BadMessage
-from petalnode.tensor_frames import TensorCollector, TooLarge, pack_tensors
+from petalnode.p2p.frames import ALIGN, MAX_TENSORS, Frame, encode
+from petalnode.protocol import MAX_BLOCKS, BadMessage
+from petalnode.tensor_frames import MAX_MATRIX_ROWS, TensorCollector, TooLarge, pack_tensors
 from petalnode.tuning_wire import MAX_BLOCK_TENSORS, Collector, pack
 
 CONFIG = SimpleNamespace(num_blocks=4)
@@ -61,19 +61,32 @@ def test_it_comes_out_as_it_went_in_whatever_the_frames(max_bytes, rank):
     assert {(header["type"], header["version"]) for header, _ in frames} == {("tuning", 3)}
     for header, tensors in frames:
         assert 1 <= len(tensors) <= MAX_TENSORS
-        assert sum(t.nbytes for t in tensors) <= max_bytes
+        encode(header, tensors, max_payload=max_bytes)
         assert header["last"] is (header is frames[-1][0])
 
 
 def test_nothing_is_one_frame():
     ((header, tensors),) = pack(NOTHING, 64)
-    assert header["last"] is True
+    assert header == {"type": "tuning", "version": 0, "parts": [], "last": True}
     same(collected([(header, tensors)]), NOTHING)
+
+
+def test_frames_are_as_full_as_they_may_be():
+    """A row of 64 bytes, and what aligning the next may take."""
+    named = [("x", numbers(1, 16)), ("y", numbers(1, 16))]
+    for max_bytes, frames in ((128 + ALIGN, 1), (127 + ALIGN, 2), (64, 2)):
+        made = list(pack_tensors({}, named, max_bytes))
+        assert [len(tensors) for _, tensors in made] == [3 - frames] * frames
+    one, two, three = pack_tensors({}, [("x", numbers(5, 16))], 128)
+    assert [header["parts"] for header, _ in (one, two, three)] == [
+        [["x", 5, first, 1.0]] for first in (0, 2, 4)
+    ]
 
 
 def test_a_row_that_fits_no_frame_is_our_own_fault():
     with pytest.raises(LocalProtocolError, match="256 bytes"):
-        list(pack_tensors({}, [("x", numbers(2, 64))], 200))
+        list(pack_tensors({}, [("x", numbers(2, 64))], 255))
+    assert len(list(pack_tensors({}, [("x", numbers(2, 64))], 256))) == 2
 
 
 def test_what_is_sent_needs_no_gradient():
@@ -92,11 +105,16 @@ def frame(*parts, last=True, tensors=None):
         (Frame({"last": True}), "parts"),
         (frame(["0.prompt", 2, 0, 1.0], tensors=[]), "one for each"),
         (frame(["0.prompt", 2, 0]), "a part is not"),
+        (frame(7), "a part is not"),
+        (frame("0abc"), "a part is not"),
         (frame([7, 2, 0, 1.0]), "text"),
+        (frame(["0.\x1b[2J\n", 2, 0, 1.0]), "cannot be printed"),
         (frame(["0.prompt", 1, 0, 1.0]), "more rows"),
-        (frame(["0.prompt", 1 << 30, 0, 1.0]), "whole number"),
+        (frame(["0.prompt", 3, 0, 1.0], ["0.prompt", 3, 2, 1.0]), "more rows"),
+        (frame(["0.prompt", MAX_MATRIX_ROWS + 1, 0, 1.0]), "whole number"),
+        (frame(["0.prompt", 2, -1, 1.0]), "whole number"),
         (frame(["0.prompt", 4, 2, 1.0]), "nothing came before"),
-        (frame(["0.prompt", 4, 0, 1.0]), "not complete"),
+        (frame(["0.prompt", 4, 0, 1.0]), "0.prompt is not complete"),
         (frame(["0.prompt", 4, 0, 1.0], ["1.prompt", 4, 2, 1.0]), "does not follow"),
         (frame(["0.prompt", 2, 0, 1.0], ["0.prompt", 2, 0, 1.0]), "nothing came before"),
         (frame(["0.prompt", 2, 0, float("nan")]), "finite"),
@@ -112,6 +130,8 @@ def frame(*parts, last=True, tensors=None):
         (frame([f"{10**30}.prompt", 2, 0, 1.0]), "names no tensor"),
         (frame(["0.q.a", 2, 0, 1.0]), "pair"),
         (frame(["0.q.a", 2, 0, 1.0], ["0.q.b", 2, 0, 1.0], ["0.q.c", 2, 0, 1.0]), "names no"),
+        (frame(["01.prompt", 2, 0, 1.0]), "names no tensor"),
+        (frame(["0.q.b", 2, 0, 1.0]), "pair"),
         (frame(["0", 2, 0, 1.0]), "pair"),
     ],
 )
@@ -140,17 +160,44 @@ def test_a_matrix_counts_when_its_first_rows_come(dtype, counted):
         TensorCollector(24 * counted - 1, 4).add(first)
 
 
-def test_parts_that_do_not_fit_together():
+def test_what_came_before_counts():
+    """A limit on each matrix alone would be none."""
+    collector = TensorCollector(2 * 32, 4)
+    assert not collector.add(frame(["x", 2, 0, 1.0], ["y", 2, 0, 1.0], last=False))
+    assert collector.nbytes == 2 * 32
+    with pytest.raises(TooLarge, match="z is larger"):
+        collector.add(frame(["z", 1, 0, 1.0], tensors=[numbers(1, 1)]))
+
+
+@pytest.mark.parametrize("other", [numbers(2, 5), numbers(2, 4).bfloat16()])
+def test_parts_that_do_not_fit_together(other):
     collector = TensorCollector(1000, 4)
     assert not collector.add(frame(["x", 4, 0, 1.0], last=False))
-    with pytest.raises(BadMessage, match="fit together"):
-        collector.add(frame(["x", 4, 2, 1.0], tensors=[numbers(2, 5)]))
+    with pytest.raises(BadMessage, match="parts of x do not fit together"):
+        collector.add(frame(["x", 4, 2, 1.0], tensors=[other]))
 
 
-def test_more_tensors_than_a_block_can_have():
-    names = [[f"0.s{n}.{m}", 2, 0, 1.0] for n in range(MAX_BLOCK_TENSORS) for m in "ab"]
-    with pytest.raises(BadMessage, match="more than 64"):
-        Collector(CONFIG, 0, 1, 1 << 20).take(frame(*names))
+def test_as_many_tensors_as_its_blocks_can_have():
+    """However far up in the model they are."""
+    collector = Collector(CONFIG, 2, 4, 1 << 20)
+    for index in (2, 3):
+        names = [[f"{index}.s{n}.a", 2, 0, 1.0] for n in range(MAX_BLOCK_TENSORS)]
+        assert collector.take(frame(*names, last=False)) is None
+    assert collector.nbytes == 2 * MAX_BLOCK_TENSORS * 32
+    with pytest.raises(BadMessage, match="more than 128 tensors"):
+        collector.take(frame(["2.prompt", 2, 0, 1.0]))
+
+
+def test_the_blocks_of_a_long_model():
+    config, last = SimpleNamespace(num_blocks=MAX_BLOCKS), MAX_BLOCKS - 1
+    part = Tuning({last: BlockTuning(prompt=numbers(2, 4))})
+    ((header, tensors),) = pack(part, 512)
+    same(Collector(config, last, MAX_BLOCKS, 1 << 20).take(Frame(header, tensors)), part)
+
+
+def test_a_scale_may_be_a_whole_number():
+    whole = Tuning({1: BlockTuning({"q": LowRank(numbers(2, 4), numbers(4, 2), 2)})})
+    same(collected(pack(whole, 512)), whole)
 
 
 def test_only_its_own_part_is_taken():
@@ -158,3 +205,5 @@ def test_only_its_own_part_is_taken():
     same(collected(pack(part, 512), 2, 4), part)
     with pytest.raises(BadMessage, match="none of the blocks 2:4"):
         collected(pack(tuning((1,)), 512), 2, 4)
+    with pytest.raises(BadMessage, match="none of the blocks 2:4"):
+        Collector(CONFIG, 2, 9, 1000).take(frame(["4.prompt", 2, 0, 1.0]))
