@@ -1,6 +1,7 @@
 """Where a model's files come from: the bundled demo model, a directory, or a hub repo."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -88,26 +89,35 @@ class Directory:
         return [file_sha256(self.path(file)) for file in files]
 
 
+def local_directory(place: str) -> Path | None:
+    """Return the directory of that name on this machine; ~ and ~user are homes.
+
+    Whatever the text is: `pathlib` raises for a name that is too long, or a user who is none.
+    """
+    path = os.path.expanduser(place)
+    return Path(path) if os.path.isdir(path) else None
+
+
 def find_source(model: str, revision: str | None, cache_dir: str | Path | None) -> Source:
     """Return where MODEL is. Raises `ModelError` when it is neither a directory nor a hub id.
 
     Raises `UsageError` for a revision of what has none, or two revisions of one repo.
     """
-    path = Path(model).expanduser()
-    if revision is not None and (model == DEMO or path.is_dir()):
+    directory = local_directory(model)
+    if revision is not None and (model == DEMO or directory is not None):
         raise UsageError(
             f"{model} is not a hub repo and has no revision {revision!r}.", "Leave --revision out."
         )
     if model == DEMO:
         return Directory(Path(str(resources.files("petalnode.demo"))), "The bundled demo model")
-    if path.is_dir():
-        return Directory(path)
-    if path.is_file():
+    if directory is not None:
+        return Directory(directory)
+    if os.path.isfile(os.path.expanduser(model)):
         raise ModelError(f"{model} is a file.", "Give the directory that holds the model.")
     match = HUB_ID.fullmatch(model)
     if match is None or model.startswith((".", "/", "~")):
         raise ModelError(
-            f"There is no directory {model!r}.",
+            f"There is no directory {model[:200]!r}.",
             'Give a model directory, a Hugging Face repo as "org/name", or "demo".',
         )
     if revision is not None and match["revision"] not in (None, revision):

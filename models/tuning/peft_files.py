@@ -29,7 +29,7 @@ from petalnode.models.config import ModelConfig
 from petalnode.models.digests import file_sha256
 from petalnode.models.families import family_of
 from petalnode.models.shards import FLOATS, damaged, read_header
-from petalnode.models.sources import HUB_ID, Directory, Source, read_json
+from petalnode.models.sources import HUB_ID, Directory, Source, local_directory, read_json
 from petalnode.models.tuning import peft_config
 from petalnode.models.tuning.check import OTHER_MODEL, check_prompt, check_shapes, check_tuning
 from petalnode.models.tuning.sites import lora_sites, unknown_target
@@ -72,7 +72,7 @@ def adapter_files(place: str, cache_dir: str | Path | None = None) -> Path:
     """
     source: Source
     match = HUB_ID.fullmatch(place)
-    if (path := _directory(place)) is not None:
+    if (path := local_directory(place)) is not None:
         source = Directory(path)
     elif match is not None and not place.startswith("."):
         from petalnode.models.hub import HubRepo
@@ -86,14 +86,6 @@ def adapter_files(place: str, cache_dir: str | Path | None = None) -> Path:
     _check_complete(source)
     source.fetch([CONFIG, WEIGHTS])
     return source.path(WEIGHTS).parent
-
-
-def _directory(place: str) -> Path | None:
-    try:
-        path = Path(place).expanduser()
-        return path if path.is_dir() else None
-    except (OSError, RuntimeError):  # a name too long, or the home of a user who is none
-        return None
 
 
 def _check_complete(source: Source) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from petalnode.errors import ModelError, UsageError
 from petalnode.models.config import ModelConfig
+from petalnode.models.sources import local_directory
 from petalnode.models.tuning.peft_files import (
     adapter_block_bytes,
     adapter_digest,
@@ -90,7 +91,8 @@ def _find(wanted: str, config: ModelConfig, cache_dir: Path | None) -> Offered:
             f"The adapter {wanted} has a soft prompt, which stays with the client.",
             "Give it to `petalnode generate --adapter` instead.",
         )
-    base = Path(wanted).resolve().name if Path(wanted).is_dir() else wanted
+    directory = local_directory(wanted)
+    base = wanted if directory is None else directory.resolve().name
     name = f"{base}@{adapter_digest(place)}"
     if not (name.isascii() and name.isprintable()) or len(name) > MAX_ADAPTER_CHARS:
         raise UsageError(

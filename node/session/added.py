@@ -13,6 +13,7 @@ from petalnode.compute import Compute
 from petalnode.errors import UsageError
 from petalnode.models.client import ClientParts
 from petalnode.models.config import ModelConfig
+from petalnode.models.sources import local_directory
 from petalnode.models.tuning.check import check_tuning
 from petalnode.models.tuning.peft_files import Adapter, adapter_files, load_adapter
 from petalnode.models.tuning.tuning import NOTHING, Tuning
@@ -71,7 +72,7 @@ async def find_added(
     if isinstance(adapter, str):
         if not adapter:
             return PLAIN
-        if not is_directory(adapter):
+        if local_directory(adapter) is None:
             offered = {name for record in records for name in record.adapters}
             served = offered_as(adapter, offered)
             if served or "/" not in adapter:
@@ -102,11 +103,6 @@ async def own_tuning(
 def snapshot(tensor: Tensor) -> Tensor:
     """A copy that knows nothing of the tensor."""
     return tensor.detach().clone()
-
-
-def is_directory(place: str) -> bool:
-    """Whether it is one on this machine."""
-    return Path(place).is_dir()
 
 
 def read_adapter(place: str, config: ModelConfig, cache_dir: Path | None = None) -> Adapter:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from petalnode.errors import ModelError, UsageError
+from petalnode.models.sources import find_source
 from petalnode.models.tuning.peft_files import (
     CONFIG,
     WEIGHTS,
@@ -131,3 +132,10 @@ def test_a_repo_of_the_hub_that_the_disk_has_no_room_for(
     with pytest.raises(ModelError, match="free"):
         adapter_files("org/adapter", tmp_path / "hub")
     assert not hub.bodies(".safetensors")
+
+
+@pytest.mark.parametrize("place", ["~nobody-of-that-name/mine", "x" * 5000, "a\0b"])
+def test_no_text_is_too_odd_for_a_model(place: str) -> None:
+    with pytest.raises(ModelError, match="There is no directory") as caught:
+        find_source(place, None, None)
+    assert len(str(caught.value)) < 400

@@ -15,6 +15,7 @@ from petalnode.models.tuning.peft_files import Adapter, adapter_digest, save_ada
 from petalnode.models.tuning.tuning import BlockTuning, LowRank, Tuning
 from petalnode.node import NodeOptions, open_node
 from petalnode.routing.costs import Workload
+from petalnode.serving.adapters import find_offered
 from petalnode.serving.session_tuning import TuningBudget
 from petalnode.session.added import PLAIN, Added, offered_as
 from petalnode.session.session import GenerateOptions
@@ -203,6 +204,13 @@ def test_names_of_offered_adapters():
     with pytest.raises(UsageError, match=r"00000007 and 992 more\."):
         offered_as("poems", {f"poems@{number:08}" for number in range(1000)})
     assert offered_as("a@b", {"a@b@00112233", "a@00112233"}) == "a@b@00112233"
+
+
+def test_a_directory_at_home_is_offered_by_its_name(config, tmp_path, monkeypatch):
+    save_adapter(tmp_path / "mine", Adapter(lora(config, 1), None, "mine"), config, "base")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (offered,) = find_offered(["~/mine"], config)
+    assert offered.name == f"mine@{adapter_digest(tmp_path / 'mine')}"
 
 
 def test_every_hop_is_asked_for_what_is_offered():
