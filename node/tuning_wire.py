@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import torch
 
-from petalnode.models.config import ModelConfig
 from petalnode.models.tuning.tuning import BlockTuning, LowRank, Tuning
 from petalnode.p2p.frames import Frame
 from petalnode.protocol import MAX_BLOCKS, BadMessage
@@ -40,8 +39,8 @@ class Collector:
     See ``TensorCollector`` for how these are counted.
     """
 
-    def __init__(self, config: ModelConfig, start: int, end: int, limit_bytes: int) -> None:
-        self._start, self._end = start, min(end, config.num_blocks)
+    def __init__(self, start: int, end: int, limit_bytes: int) -> None:
+        self._start, self._end = start, end
         self._tensors = TensorCollector(limit_bytes, (end - start) * MAX_BLOCK_TENSORS)
 
     @property

@@ -76,9 +76,7 @@ class SessionTuning:
         self.added = served
         self._opened, self._client, self._span = opened, client, span
         self._compute, self._budget = compute, budget
-        self._collector: Collector | None = Collector(
-            span.config, opened.start, opened.end, budget.session_size
-        )
+        self._collector: Collector | None = Collector(opened.start, opened.end, budget.session_size)
         self._held = 0
         self._refusal: Refusal | None = None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import trio
 
 from petalnode.compute import Compute, Load
@@ -143,7 +141,7 @@ class TrainSession:
         while self._jobs:
             await self._idle.wait()
         self._kept.forget(self)
-        self._tuning.begin(version, self._config)
+        self._tuning.begin(version)
         while not self._tuning.take(frame):
             frame = await self._rest(frame)
         try:
@@ -240,12 +238,12 @@ class _Held:
         self._refusal: Refusal | None = None
         self._collector: Collector | None = None
 
-    def begin(self, version: int, config: Any) -> None:
+    def begin(self, version: int) -> None:
         """Forget what there is; frames of another come now."""
         self.forget()
         start, end = self._opened.start, self._opened.end
         self._version, self._refusal = version, None
-        self._collector = Collector(config, start, end, self._budget.session_size)
+        self._collector = Collector(start, end, self._budget.session_size)
 
     def take(self, frame: Frame) -> bool:
         """Take a frame; whether it was the last one. Raises ``BadMessage``."""

@@ -1,7 +1,5 @@
 """A tuning as frames, and back; what breaks the format is told, and allocates nothing."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +11,6 @@ from petalnode.p2p.frames import ALIGN, MAX_TENSORS, Frame, encode
 from petalnode.protocol import MAX_BLOCKS, BadMessage
 from petalnode.tensor_frames import MAX_MATRIX_ROWS, TensorCollector, TooLarge, pack_tensors
 from petalnode.tuning_wire import MAX_BLOCK_TENSORS, Collector, pack
-
-CONFIG = SimpleNamespace(num_blocks=4)
 
 
 def numbers(*shape, seed=0):
@@ -37,7 +33,7 @@ def tuning(blocks=(1, 2), rank=2, sites=("self_attn.q_proj", "mlp.up_proj")):
 
 
 def collected(frames, start=0, end=4, limit=1 << 20):
-    collector, results = Collector(CONFIG, start, end, limit), []
+    collector, results = Collector(start, end, limit), []
     for header, tensors in frames:
         results.append(collector.take(Frame(header, list(tensors))))
     assert results[:-1] == [None] * (len(results) - 1)
@@ -137,7 +133,7 @@ def frame(*parts, last=True, tensors=None):
 )
 def test_broken_frames(broken, why):
     with pytest.raises(BadMessage, match=why):
-        Collector(CONFIG, 0, 4, 1000).take(broken)
+        Collector(0, 4, 1000).take(broken)
 
 
 def test_a_frame_holds_as_many_small_ones_as_it_may():
@@ -179,7 +175,7 @@ def test_parts_that_do_not_fit_together(other):
 
 def test_as_many_tensors_as_its_blocks_can_have():
     """However far up in the model they are."""
-    collector = Collector(CONFIG, 2, 4, 1 << 20)
+    collector = Collector(2, 4, 1 << 20)
     for index in (2, 3):
         names = [[f"{index}.s{n}.a", 2, 0, 1.0] for n in range(MAX_BLOCK_TENSORS)]
         assert collector.take(frame(*names, last=False)) is None
@@ -189,10 +185,10 @@ def test_as_many_tensors_as_its_blocks_can_have():
 
 
 def test_the_blocks_of_a_long_model():
-    config, last = SimpleNamespace(num_blocks=MAX_BLOCKS), MAX_BLOCKS - 1
+    last = MAX_BLOCKS - 1
     part = Tuning({last: BlockTuning(prompt=numbers(2, 4))})
     ((header, tensors),) = pack(part, 512)
-    same(Collector(config, last, MAX_BLOCKS, 1 << 20).take(Frame(header, tensors)), part)
+    same(Collector(last, MAX_BLOCKS, 1 << 20).take(Frame(header, tensors)), part)
 
 
 def test_a_scale_may_be_a_whole_number():
@@ -206,4 +202,4 @@ def test_only_its_own_part_is_taken():
     with pytest.raises(BadMessage, match="none of the blocks 2:4"):
         collected(pack(tuning((1,)), 512), 2, 4)
     with pytest.raises(BadMessage, match="none of the blocks 2:4"):
-        Collector(CONFIG, 2, 9, 1000).take(frame(["4.prompt", 2, 0, 1.0]))
+        Collector(2, 4, 1000).take(frame(["4.prompt", 2, 0, 1.0]))
