@@ -15,6 +15,7 @@ from petalnode.models.families.family import Block
 from petalnode.models.kv_cache import RowCache
 from petalnode.models.layers.adapted import Additions
 from petalnode.models.layers.ragged import RaggedBatch, RowSlice
+from petalnode.models.layers.weights import storage_of
 from petalnode.models.tuning.rows import TunedRows
 
 __all__ = ["LoadedBlock", "RowSlice", "Span"]
@@ -54,7 +55,7 @@ class Span:
 
     def has_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor is a weight of the span, or a view of one."""
-        return tensor.untyped_storage().data_ptr() in self._storages
+        return storage_of(tensor) in self._storages
 
     def loaded(self, index: int) -> LoadedBlock | None:
         """Return block `index` of the model, or None where this span does not hold it."""

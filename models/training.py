@@ -21,6 +21,7 @@ from torch import Tensor
 
 from petalnode.errors import LocalProtocolError
 from petalnode.models.layers.ragged import RaggedBatch, WholeRow
+from petalnode.models.layers.weights import storage_of
 from petalnode.models.span import Span
 from petalnode.models.tuning.rows import TunedRows
 from petalnode.models.tuning.tuning import NOTHING, Tuning
@@ -78,15 +79,15 @@ class ForwardPass:
                 self.output = self.blocks.run(index, self.output)
         else:
             run = partial(self.blocks.run, index)
-            self.kept.append(_Checkpoint(run, self.output, self.blocks.has_weight))
+            self.kept.append(_Checkpoint(run, self.output, self.blocks.holds))
             self.output = self.kept[-1].y.detach()
         self._next += 1
         if not self.steps_left:
             self.blocks.rest()
 
     @property
-    def ahead(self) -> int:
-        """Bytes of activations that `restore` would bring, about; 0 where all blocks have them."""
+    def next_activations(self) -> int:
+        """Bytes that `restore` would bring, about; 0 where all blocks have theirs."""
         following = self._to_restore()
         return 0 if following is None else max(1, following.activations)
 
@@ -95,13 +96,18 @@ class ForwardPass:
         that follows needs not."""
         following = self._to_restore()
         if following is not None:
-            following.restore()
-            self.blocks.rest()
+            try:
+                following.restore()
+            finally:
+                self.blocks.rest()
 
-    def let_go(self) -> None:
-        """Drop all activations that `restore` brought."""
-        for one in self.kept or ():
-            one.let_go()
+    def let_go(self) -> int:
+        """Drop the activations that `restore` brought last; how many bytes they were, about."""
+        last = next((one for one in self.kept or () if one.restored), None)
+        if last is None:
+            return 0
+        last.let_go()
+        return max(1, last.activations)
 
     def _to_restore(self) -> _Checkpoint | None:
         return next((one for one in reversed(self.kept or ()) if not one.restored), None)
@@ -111,10 +117,10 @@ class BackwardPass:
     """The gradient [T, H] of a forward pass's output, back to its input x.
 
     `forward` was made with `keep`; what it did not compute yet is computed first, and what it keeps
-    is used up. Two steps a block, from the last to the first: its activations once more, and back
-    through it. In the end `grad` [T, H] is the gradient of x, in the span's dtype, and
-    `tuning_grads` has the gradients of the tuning's tensors for these blocks, float32, by the names
-    of `Tuning.named`.
+    is used up. Two steps a block, from the last to the first: its activations once more, where they
+    are not there yet, and back through it. In the end `grad` [T, H] is the gradient of x, in the
+    span's dtype, and `tuning_grads` has the gradients of the tuning's tensors for these blocks,
+    float32, by the names of `Tuning.named`.
     """
 
     def __init__(self, forward: ForwardPass, grad: Tensor) -> None:
@@ -132,8 +138,9 @@ class BackwardPass:
     @property
     def steps_left(self) -> int:
         """Blocks to compute, to compute again, and to go back through."""
-        ahead = self._forward.steps_left
-        return ahead + 2 * (ahead + len(self._kept)) - sum(one.restored for one in self._kept)
+        there = self._forward.steps_left
+        restored = sum(one.restored for one in self._kept)
+        return there + 2 * (there + len(self._kept)) - restored
 
     def step(self) -> None:
         """Compute one block (again), or go back through one."""
@@ -162,11 +169,12 @@ class _Checkpoint:
     """
 
     def __init__(
-        self, run: Callable[[Tensor], Tensor], x: Tensor, is_weight: Callable[[Tensor], bool]
+        self, run: Callable[[Tensor], Tensor], x: Tensor, is_held: Callable[[Tensor], bool]
     ) -> None:
         self._run = run
+        at = storage_of(x)
         # The graph holds it: it may not hold the graph.
-        self._saved = saved = _Saved(is_weight)
+        self._saved = saved = _Saved(lambda one: storage_of(one) == at or is_held(one))
         self.x = x.detach().requires_grad_()
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.drop, saved.get)
         with torch.enable_grad(), hooks:
@@ -180,7 +188,7 @@ class _Checkpoint:
 
     @property
     def activations(self) -> int:
-        """Bytes that the graph takes beyond the weights, once it is restored."""
+        """Bytes that the graph takes, once it is restored, beyond what is in memory anyway."""
         return self._saved.nbytes
 
     def let_go(self) -> None:
@@ -190,14 +198,16 @@ class _Checkpoint:
     def restore(self) -> None:
         """Run the function again, up to the last activation that the graph needs."""
         saved = self._saved
-        saved.tensors.clear()  # what an attempt took that failed
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.take, saved.get)
         try:
             with torch.enable_grad(), hooks:
                 self._run(self.x.detach().requires_grad_())
+            raise LocalProtocolError("A block computed less the second time.")
         except _AllTaken:
             return
-        raise LocalProtocolError("A block computed less the second time.")
+        finally:
+            if not self.restored:
+                saved.tensors.clear()
 
 
 def _nodes(y: Tensor) -> int:
@@ -215,16 +225,16 @@ def _nodes(y: Tensor) -> int:
 class _Saved:
     """What a graph saved, in order: noted first, and kept when it comes again."""
 
-    def __init__(self, is_weight: Callable[[Tensor], bool]) -> None:
+    def __init__(self, is_held: Callable[[Tensor], bool]) -> None:
         self.noted: list[tuple[torch.Size, torch.dtype]] = []
         self.tensors: list[Tensor] = []
         self.nbytes = 0
-        self._is_weight = is_weight
+        self._is_held = is_held
 
     def drop(self, tensor: Tensor) -> int:
         """Only note what it was."""
         self.noted.append((tensor.shape, tensor.dtype))
-        self.nbytes += 0 if self._is_weight(tensor) else tensor.nbytes
+        self.nbytes += 0 if self._is_held(tensor) else tensor.nbytes
         return len(self.noted) - 1
 
     def take(self, tensor: Tensor) -> int:
@@ -263,11 +273,15 @@ class _Blocks:
         if not fits or min(lengths, default=0) < 1:
             raise LocalProtocolError(f"A batch of shape {list(x.shape)} does not fit its rows.")
         self.start, self.end, self._span = start, end, span
-        self.has_weight = span.has_weight
         self.tuning = tuning.map(lambda tensor: tensor.to(span.device))
+        self._added = {storage_of(tensor) for _, tensor in self.tuning.named()}
         self._rows = [WholeRow(n, self.tuning) for n in lengths]
         self._tuned = TunedRows(self._rows)
         self.rest()
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is in memory as long as the pass is: a weight, or what is added."""
+        return storage_of(tensor) in self._added or self._span.has_weight(tensor)
 
     def rest(self) -> None:
         """Let go of what blocks share in a pass: a mask is as long as a row, squared."""

@@ -141,7 +141,7 @@ class TorchParts:
         layers = [one for one in self._made if isinstance(one, Linear)]
         dense += [one.weight for one in layers]
         dense += [one.bias for one in layers if one.bias is not None]
-        return frozenset(tensor.untyped_storage().data_ptr() for tensor in dense)
+        return frozenset(map(storage_of, dense))
 
     def linear(
         self,
@@ -274,6 +274,11 @@ class TorchParts:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self.device)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return where a tensor's memory lies; its views share that."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _fill_columns(target: Tensor, order: Tensor | None, tensor: Tensor) -> None:

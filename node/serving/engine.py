@@ -6,9 +6,9 @@ rows. Frames of one session come one at a time (its reader waits for the result)
 queue is always of different sessions and order within a session is kept.
 
 Training comes last: a turn without anything else is one step of the first training job, a block
-long, and so is every turn that the scheduler says is due (``training_is_due``). Only that job has
-activations in memory, and what was computed ahead: where nothing at all waits and nobody decodes,
-a turn is one of ``Spare``.
+long, and so is every turn that the scheduler says is due (``training_is_due``). In memory are that
+job's activations and, within a bound, those that ``Spare`` work computes ahead: that has its turn
+where nothing at all waits, and nobody decoded for a while.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 DECODING_S = 0.5
 """A session that decoded so long ago is expected back with its next token."""
+SPARE_AFTER_S = 5.0
+"""After the last decode: the next token of a slow chain shall not wait for spare work."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class SpanEngine:
         self._jobs: deque[Training] = deque()
         self._turns_without_training = 0
         self._arrived = trio.Event()
-        self._decoding_until = -math.inf
+        self._decoded_at = -math.inf
         self._prefill_is_due = False
         self.tokens = 0
         """Computed so far."""
@@ -217,7 +219,7 @@ class SpanEngine:
             if turn is not None:
                 await self._take_turn(turn)
                 continue
-            with trio.move_on_at(self._decoding_until if self._is_decoding() else math.inf):
+            with trio.move_on_at(math.inf if self._may_spare() else self._spare_at):
                 await self._arrived.wait()
 
     def _next_turn(self) -> Turn | None:
@@ -226,10 +228,14 @@ class SpanEngine:
             training = training_is_due(waiting, jobs, self._turns_without_training)
             self._turns_without_training = 0 if training else self._turns_without_training + 1
             return self._training_turn() if training else self._rows_turn()
-        return None if self._spare is None or self._is_decoding() else self._spare.spare_turn()
+        return self._spare.spare_turn() if self._spare and self._may_spare() else None
 
-    def _is_decoding(self) -> bool:
-        return trio.current_time() < self._decoding_until
+    @property
+    def _spare_at(self) -> float:
+        return self._decoded_at + SPARE_AFTER_S
+
+    def _may_spare(self) -> bool:
+        return trio.current_time() >= self._spare_at
 
     async def _take_turn(self, turn: Turn) -> None:
         try:
@@ -257,8 +263,9 @@ class SpanEngine:
     def _rows_turn(self) -> Turn:
         queue = list(self._queue)
         if any(map(is_decode, queue)):
-            self._decoding_until = trio.current_time() + DECODING_S
-        shares = plan_turn(queue, decoding=self._is_decoding(), prefill_is_due=self._prefill_is_due)
+            self._decoded_at = trio.current_time()
+        decoding = trio.current_time() - self._decoded_at < DECODING_S
+        shares = plan_turn(queue, decoding=decoding, prefill_is_due=self._prefill_is_due)
         self._prefill_is_due = len(shares) < len(queue)
         pieces = [take(queue[share.index], share) for share in shares]
 

@@ -4,14 +4,14 @@ They save the way back a second forward pass. Nothing is owed to anybody: where 
 the oldest pass of the peer that keeps most goes, and its client sends the input once more.
 
 While the node has nothing else to do, it computes activations of these passes again, ahead of the
-gradient: a hop waits for those behind it, and so the work is off the way of whoever waits for all.
+gradient: a hop waits for those behind it, and so the client does not wait for that.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from petalnode.compute import Load
@@ -31,18 +31,33 @@ class Owner(Protocol):
     client: str
 
 
-Key = tuple[Owner, int]
-"""A session, and the number of its job."""
-
-
 @dataclass(eq=False)
 class Kept:
-    """A pass, the job that it was made by, and what is charged for it and its activations."""
+    """The pass that a job made, and what is charged for it, and for activations ahead."""
 
+    owner: Owner
     job: Job
     forward: ForwardPass
     nbytes: int
-    ahead: int = 0
+    age: int
+    """How many were kept before it."""
+    activations: int = 0
+    failed: bool = False
+    """To compute activations; it is not tried again."""
+
+
+@dataclass
+class _Session:
+    passes: dict[int, Kept] = field(default_factory=dict)
+    taken: int = 0
+    """The job whose pass was taken last."""
+
+    @property
+    def following(self) -> Kept | None:
+        """What it goes back through next: its first pass after the last that was taken; else its
+        first."""
+        later = (kept for number, kept in self.passes.items() if number > self.taken)
+        return next(later, None) or next(iter(self.passes.values()), None)
 
 
 class KeptPasses:
@@ -54,113 +69,145 @@ class KeptPasses:
 
     def __init__(self, size: int = MAX_KEPT_BYTES, ahead_size: int = MAX_AHEAD_BYTES) -> None:
         self.size, self.ahead_size = size, ahead_size
-        self.ahead = 0
-        """Bytes of activations charged."""
-        self._passes: dict[Key, Kept] = {}
-        self._taken: dict[Owner, int] = {}
+        self._sessions: dict[Owner, _Session] = {}
+        """Those last that were here last."""
         self._bytes: Counter[str] = Counter()
+        self._ahead: Counter[str] = Counter()
+        self._ready: dict[Kept, None] = {}
+        """Those that have activations, and were not taken."""
+        self._made = 0
 
     @property
     def used(self) -> int:
-        """Bytes."""
+        """Bytes, without activations."""
         return self._bytes.total()
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of activations."""
+        return self._ahead.total()
 
     def put(self, owner: Owner, job: Job, forward: ForwardPass, nbytes: int) -> None:
         """Keep a pass, and let others go for it where they must.
 
         It is not kept where its peer would have most, and has nothing older to let go.
         """
-        self._drop((owner, job.id))
+        if (before := self._of(owner).get(job.id)) is not None:
+            self._drop(before)
         if nbytes > self.size:
             return
-        self._charge(owner, nbytes)
+        charge(self._bytes, owner, nbytes)
         while self.used > self.size:
-            most = max(self._bytes, key=self._bytes.__getitem__)
-            oldest = next((key for key in self._passes if key[0].client == most), None)
+            oldest = self._oldest(max(self._bytes, key=self._bytes.__getitem__))
             if oldest is None:
-                self._charge(owner, -nbytes)
+                charge(self._bytes, owner, -nbytes)
                 return
             self._drop(oldest)
-        self._passes[owner, job.id] = Kept(job, forward, nbytes)
-        self._taken[owner] = self._taken.pop(owner, 0)
+        self._made += 1
+        session = self._seen(owner)
+        session.passes[job.id] = Kept(owner, job, forward, nbytes, self._made)
 
     def take(self, owner: Owner, back: Job) -> Kept | None:
         """What a backward job goes back through, if it is here; nobody else gets it then. Whoever
         took it gives it back."""
-        kept = self._passes.get((owner, back.of))
+        kept = self._of(owner).get(back.of)
         if kept is None:
             return None
         there = kept.job
         same = (there.start, there.end, there.lengths, there.version)
         if same != (back.start, back.end, back.lengths, back.version):
             return None
-        self._taken.pop(owner)
-        self._taken[owner] = back.of
-        return self._passes.pop((owner, back.of))
+        session = self._seen(owner)
+        session.taken = back.of
+        self._ready.pop(kept, None)
+        return session.passes.pop(back.of)
 
-    def give_back(self, owner: Owner, kept: Kept) -> None:
+    def give_back(self, kept: Kept) -> None:
         """What was taken is used up."""
-        self._release(owner, kept)
+        charge(self._bytes, kept.owner, -kept.nbytes)
+        self._release(kept, kept.activations)
 
     def forget(self, owner: Owner) -> None:
         """Let all passes of one session go."""
-        for key in [key for key in self._passes if key[0] is owner]:
-            self._drop(key)
-        self._taken.pop(owner, None)
+        for kept in list(self._of(owner).values()):
+            self._drop(kept)
+        self._sessions.pop(owner, None)
 
     def spare_turn(self) -> Turn | None:
-        """One block more of a pass that a session goes back through next."""
-        following = self._following()
-        for number, key in enumerate(following):
-            kept = self._passes[key]
-            size = kept.forward.ahead
-            if size and self._has_room(size, following[: number + 1]):
-                kept.ahead += size
-                self.ahead += size
-                return self._ahead_turn(key, kept)
+        """One block's activations, for a pass that a session goes back through next."""
+        for kept in self._following():
+            size = 0 if kept.failed else kept.forward.next_activations
+            if size and self._has_room(kept.owner, size):
+                kept.activations += size
+                self._ready[kept] = None
+                charge(self._ahead, kept.owner, size)
+                return self._turn(kept, size)
         return None
 
-    def _following(self) -> list[Key]:
-        """The next pass of each session, those first that were here last: its first after the one
-        that it took last, or else its first."""
-        first: dict[Owner, int] = {}
-        for owner, number in self._passes:
-            taken = self._taken[owner]
-            if owner not in first or first[owner] <= taken < number:
-                first[owner] = number
-        return [(owner, first[owner]) for owner in reversed(self._taken) if owner in first]
-
-    def _has_room(self, size: int, keys: Sequence[Key]) -> bool:
-        """Whether there is room for more activations, or was made: those of other passes than
-        ``keys`` go for it."""
-        others = [kept for key, kept in self._passes.items() if kept.ahead and key not in keys]
-        if self.ahead - sum(kept.ahead for kept in others) + size > self.ahead_size:
-            return False
-        while self.ahead + size > self.ahead_size:
-            kept = others.pop()
-            kept.forward.let_go()
-            self.ahead -= kept.ahead
-            kept.ahead = 0
-        return True
-
-    def _ahead_turn(self, key: Key, kept: Kept) -> Turn:
+    def _turn(self, kept: Kept, size: int) -> Turn:
         def failed(_: Exception) -> None:
-            if self._passes.get(key) is kept:
-                self._drop(key)
+            kept.failed = True
+            self._release(kept, min(size, kept.activations))
 
         load = Load(1, kept.job.tokens)
         return Turn("activations", kept.forward.restore, load, lambda _: None, failed)
 
-    def _drop(self, key: Key) -> None:
-        kept = self._passes.pop(key, None)
-        if kept is not None:
-            self._release(key[0], kept)
+    def _following(self) -> Iterator[Kept]:
+        """The next pass of each session, of those first that were here last."""
+        for session in reversed(self._sessions.values()):
+            if (kept := session.following) is not None:
+                yield kept
 
-    def _release(self, owner: Owner, kept: Kept) -> None:
-        self._charge(owner, -kept.nbytes)
-        self.ahead -= kept.ahead
+    def _has_room(self, owner: Owner, size: int) -> bool:
+        """Whether there is room for a session's activations, or was made."""
+        while self.ahead + size > self.ahead_size:
+            dearest = self._dearest(owner, size)
+            if dearest is None:
+                return False
+            # No turn is computed now: it could be that of these activations.
+            self._release(dearest, dearest.forward.let_go() or dearest.activations)
+        return True
 
-    def _charge(self, owner: Owner, nbytes: int) -> None:
-        self._bytes[owner.client] += nbytes
-        if not self._bytes[owner.client]:
-            del self._bytes[owner.client]
+    def _dearest(self, owner: Owner, size: int) -> Kept | None:
+        """Who lets go of a block's activations: a pass that nobody needs next, or the peer that has
+        most. It would still have more than the other then, which could not take them back."""
+        following = set(self._following())
+        for kept in self._ready:
+            if kept not in following:
+                return kept
+        most = max(self._ahead, key=self._ahead.__getitem__, default="")
+        if most == owner.client or self._ahead[most] < self._ahead[owner.client] + 2 * size:
+            return None
+        return next((kept for kept in self._ready if kept.owner.client == most), None)
+
+    def _release(self, kept: Kept, size: int) -> None:
+        """So many bytes of a pass's activations are no more, or in nobody's way."""
+        charge(self._ahead, kept.owner, -size)
+        kept.activations -= size
+        if not kept.activations:
+            self._ready.pop(kept, None)
+
+    def _seen(self, owner: Owner) -> _Session:
+        """The session, which was here last now."""
+        self._sessions[owner] = self._sessions.pop(owner, None) or _Session()
+        return self._sessions[owner]
+
+    def _of(self, owner: Owner) -> dict[int, Kept]:
+        session = self._sessions.get(owner)
+        return {} if session is None else session.passes
+
+    def _oldest(self, client: str) -> Kept | None:
+        sessions = [one for owner, one in self._sessions.items() if owner.client == client]
+        oldest = (next(iter(one.passes.values())) for one in sessions if one.passes)
+        return min(oldest, key=lambda kept: kept.age, default=None)
+
+    def _drop(self, kept: Kept) -> None:
+        del self._sessions[kept.owner].passes[kept.job.id]
+        self.give_back(kept)
+
+
+def charge(account: Counter[str], owner: Owner, nbytes: int) -> None:
+    """Count bytes for the owner's peer."""
+    account[owner.client] += nbytes
+    if not account[owner.client]:
+        del account[owner.client]

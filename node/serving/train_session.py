@@ -94,12 +94,14 @@ class TrainSession:
         finally:
             self._stream.reset()
             self._kept.forget(self)
+            self._engine.look()
             self._tuning.forget()
             self._room.give(self._held)
 
     async def say_draining(self) -> None:
         """Tell the client that this node is about to leave."""
         self._draining = True
+        self._kept.forget(self)
         await self._stream.send({"type": "draining"})
 
     async def _watch_client(self, scope: trio.CancelScope) -> None:
@@ -201,7 +203,7 @@ class TrainSession:
         if job.of:
             return await self._go_back(job, inputs, tuning)
         steps = await self._train(job, inputs, tuning)
-        if job.keep:
+        if job.keep and not self._draining:
             self._kept.put(self, job, steps.forward, steps.forward.nbytes)
             self._engine.look()
         return steps.results
@@ -214,7 +216,8 @@ class TrainSession:
         try:
             return (await self._train(job, inputs, tuning, kept.forward)).results
         finally:
-            self._kept.give_back(self, kept)
+            self._kept.give_back(kept)
+            self._engine.look()
 
     async def _train(
         self, job: Job, inputs: Tensors, tuning: Tuning, forward: ForwardPass | None = None

@@ -18,9 +18,9 @@ computes the blocks again, and gives the gradients of x and, in float32, of ever
 tuning for these blocks, under the names of ``Tuning.named()``. Weights never change.
 
 Whoever has x can go back anywhere. A hop that went forward with ``keep`` may still have the inputs
-of its blocks, never their activations: ``backward`` with that job's id in ``of`` needs no x then,
-and no second forward pass. It may have forgotten them (``forgotten``): the next tuning, another
-session that needs the room, one use, end them.
+of its blocks, and activations that it computed meanwhile: ``backward`` with that job's id in ``of``
+needs no x then, and no second forward pass. It may have forgotten them (``forgotten``): the next
+tuning, another session that needs the room, one use, end them.
 
 ``version`` is the client's count of its tunings and says which one a job is for: the last one sent,
 or 0 for none. One that a hop does not take (``tuning``, ``busy``) makes the jobs fail that need it.

@@ -9,7 +9,7 @@ from petalnode.errors import LocalProtocolError
 from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.loading import load_block_span
 from petalnode.models.span import RowSlice
-from petalnode.serving.engine import DECODING_S, RowWork, SpanEngine, Turn
+from petalnode.serving.engine import SPARE_AFTER_S, RowWork, SpanEngine, Turn
 from petalnode.serving.scheduler import TURNS_PER_TRAINING_STEP
 
 
@@ -345,12 +345,12 @@ async def test_spare_work_waits_while_somebody_decodes(span, autojump_clock):
         nursery.start_soon(engine.run, 0, 4, [row(span, 1)], torch.randn(1, 64))
         await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(engine.serve)
-        await trio.sleep(DECODING_S * 0.9)
+        await trio.sleep(SPARE_AFTER_S * 0.9)
         await engine.run(0, 4, [row(span, 1)], torch.randn(1, 64))
         engine.look()
-        await trio.sleep(DECODING_S * 0.9)
+        await trio.sleep(SPARE_AFTER_S * 0.9)
         assert noted == ["decode", "decode"]
-        await trio.sleep(DECODING_S * 0.2)
+        await trio.sleep(SPARE_AFTER_S * 0.2)
         assert noted == ["decode", "decode", "spare"]
         nursery.cancel_scope.cancel()
 

@@ -19,8 +19,16 @@ from petalnode.models.memory import block_bytes, readable_bytes
 from petalnode.models.tuning.lora import new_lora
 from petalnode.models.tuning.peft_files import Adapter, save_adapter
 from petalnode.node import NodeOptions, open_node
+from petalnode.serving import service
+from petalnode.serving.kept import MAX_AHEAD_BYTES, MAX_KEPT_BYTES
 from petalnode.serving.memory_plan import FreeMemory, plan_memory
-from petalnode.serving.service import default_kv_tokens, default_tuning_bytes, free_memory
+from petalnode.serving.service import (
+    default_ahead_bytes,
+    default_kept_bytes,
+    default_kv_tokens,
+    default_tuning_bytes,
+    free_memory,
+)
 from petalnode.serving.session_tuning import MAX_NODE_TUNING_BYTES
 
 from ..checkpoints import MakeCheckpoint
@@ -133,6 +141,26 @@ def test_what_clients_add_gets_a_share_of_it(monkeypatch: pytest.MonkeyPatch) ->
     assert default_tuning_bytes(CPU) == 1 << 20
     left = 1 << 40
     assert default_tuning_bytes(CPU) == MAX_NODE_TUNING_BYTES
+
+
+async def test_a_node_that_waits_computes_ahead_within_a_share(path: Path, tmp_path: Path) -> None:
+    """All shares together leave something; the engine has spare work of what training keeps."""
+    checkpoint = open_checkpoint(str(path))
+    options = NodeOptions(host="127.0.0.1", blocks=(0, 4), identity=tmp_path / "key")
+    async with open_node(checkpoint, options) as node:
+        assert node.service is not None
+        kept = node.service.training._kept
+        assert node.service.engine._spare is kept
+        assert (kept.size, kept.ahead_size) == (MAX_KEPT_BYTES, MAX_AHEAD_BYTES)
+
+
+def test_what_is_computed_ahead_gets_a_share(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    span = load_block_span(open_checkpoint(str(path)), 0, 2)
+    monkeypatch.setattr(service, "free_bytes", lambda device: 32 << 20)
+    assert (default_kept_bytes(span), default_ahead_bytes(span)) == (4 << 20, 1 << 20)
+    shares = [getattr(service, name) for name in vars(service) if name.endswith("_SHARE")]
+    assert len(shares) == 5
+    assert sum(shares) < 1
 
 
 def test_this_machine_has_memory() -> None:

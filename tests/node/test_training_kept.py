@@ -47,6 +47,13 @@ def watch(swarm):
     return seen
 
 
+def forget(peer):
+    """It keeps nothing any more."""
+    kept = peer.server._kept
+    for owner in list(kept._sessions):
+        kept.forget(owner)
+
+
 def same(one, other):
     return torch.equal(one[0], other[0]) and all(
         torch.equal(one[1][n], other[1][n]) for n in one[1]
@@ -80,7 +87,7 @@ async def test_a_hop_that_forgot_is_sent_the_input(checkpoint, batch):
         _, record = await training.forward(batch[0], LENGTHS, tuning())
         kept = await training.backward(record, batch[1])
         _, record = await training.forward(batch[0], LENGTHS, tuning())
-        swarm.peers["b"].server._kept._passes.clear()
+        forget(swarm.peers["b"])
         seen = watch(swarm)
         assert same(await training.backward(record, batch[1]), kept)
         assert {one for one in seen if one[0] == "b"} == {("b", "backward", False)}
@@ -115,7 +122,8 @@ async def test_another_tuning_and_the_end_make_hops_forget(checkpoint, batch):
                 _, record = await training.forward(batch[0], LENGTHS, added)
                 used = [server._kept.used for server in servers]
                 assert used[0] == used[1] > 2 * TOKENS * HIDDEN * 4
-                assert len(servers[0]._kept._passes) == len(record.micros)
+                (session,) = servers[0]._kept._sessions.values()
+                assert len(session.passes) == len(record.micros)
         with trio.fail_after(1):
             for server in servers:
                 await server.wait_idle()
@@ -238,7 +246,7 @@ def test_what_is_gone_back_through_still_counts():
     assert kept.used == 60
     kept.put(other, job(1), "other", 50)
     assert kept.take(other, back(1)) is None, "nobody can let go what is in use"
-    kept.give_back(one, taken)
+    kept.give_back(taken)
     assert kept.used == 0
     kept.put(other, job(1), "other", 50)
     assert kept.used == 50
@@ -272,7 +280,7 @@ async def test_one_that_was_forgotten_leaves_the_others(checkpoint, batch):
     """The tuning is not sent again for it: that would make the hop forget all."""
     async with open_training_swarm(checkpoint, TWO) as swarm, swarm.training() as training:
         _, first = await training.forward(batch[0], LENGTHS, tuning())
-        swarm.peers["b"].server._kept._passes.clear()
+        forget(swarm.peers["b"])
         _, second = await training.forward(batch[0], LENGTHS, tuning())
         seen = watch(swarm)
         await training.backward(first, batch[1])
