@@ -89,7 +89,7 @@ class ForwardPass:
     def next_activations(self) -> int:
         """Bytes that `restore` would bring, about; 0 where all blocks have theirs."""
         following = self._to_restore()
-        return 0 if following is None else max(1, following.activations)
+        return 0 if following is None else following.activations
 
     def restore(self) -> None:
         """Compute the activations of one block again, the last that lacks them: a backward pass
@@ -107,7 +107,7 @@ class ForwardPass:
         if last is None:
             return 0
         last.let_go()
-        return max(1, last.activations)
+        return last.activations
 
     def _to_restore(self) -> _Checkpoint | None:
         return next((one for one in reversed(self.kept or ()) if not one.restored), None)

@@ -87,7 +87,7 @@ class VocabularyMatrix:
         if self._table_VH.dtype == self._dtype:
             return linear(x, self._table_VH, None).float()
         if x.requires_grad and torch.is_grad_enabled():
-            y: Tensor = _ConvertedProduct.apply(x, self._table_VH)  # type: ignore[no-untyped-call]
+            y: Tensor = ConvertedProduct.apply(x, self._table_VH)  # type: ignore[no-untyped-call]
             return y
         return _by_slices(x, self._table_VH)
 
@@ -97,7 +97,7 @@ def _by_slices(x: Tensor, table_VH: Tensor) -> Tensor:
     return torch.cat([linear(x, one.to(x.dtype), None).float() for one in slices], -1)
 
 
-class _ConvertedProduct(torch.autograd.Function):
+class ConvertedProduct(torch.autograd.Function):
     """The product with a table of another dtype, whose converted slices no graph shall keep."""
 
     @staticmethod

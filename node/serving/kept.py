@@ -176,7 +176,7 @@ class KeptPasses:
             if kept not in following:
                 return kept
         most = max(self._ahead, key=self._ahead.__getitem__, default="")
-        if most == owner.client or self._ahead[most] < self._ahead[owner.client] + 2 * size:
+        if self._ahead[most] < self._ahead[owner.client] + 2 * size:
             return None
         return next((kept for kept in self._ready if kept.owner.client == most), None)
 

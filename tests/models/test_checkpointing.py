@@ -4,7 +4,7 @@ import ctypes
 import gc
 import tracemalloc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from petalnode.models.checkpoint import open_checkpoint
 from petalnode.models.loading import load_block_span
 from petalnode.models.span import Span
 from petalnode.models.training import NODE_BYTES, BackwardPass, ForwardPass, _Saved
+from petalnode.models.tuning.lora import new_lora
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 
 from ..checkpoints import MakeCheckpoint
@@ -251,26 +252,34 @@ def test_nothing_is_ahead_of_a_pass_that_keeps_nothing(span: Span) -> None:
     assert one.next_activations == 0
 
 
-@pytest.mark.parametrize("family", SHAPES)
+def places(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Return where tensors lie, and how many bytes are there."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.mark.parametrize("rank", [0, 16], ids=["plain", "LoRA"])
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
-def test_activations_are_counted(tiny_checkpoint: MakeCheckpoint, family: str, quant: str) -> None:
+@pytest.mark.parametrize("family", SHAPES)
+def test_activations_are_counted(
+    tiny_checkpoint: MakeCheckpoint, family: str, quant: str, rank: int
+) -> None:
     """Not much more bytes than they take: no weights, nothing that is added, no masks that stay."""
     shape = next(iter(SHAPES[family].values()))
     span = load_spans(tiny_checkpoint(family=family, **shape), quant=quant)[0]
-    one, known = kept_pass(span), {w.untyped_storage().data_ptr() for w in weights(span)}
+    rng, tuning = torch.Generator().manual_seed(0), NOTHING
+    if rank:
+        tuning = new_lora(span.config, rank=rank, alpha=8.0, targets="all-linear", rng=rng)
+    one = kept_pass(span, tuning)
+    held = places([*weights(span), *(tensor for _, tensor in one.blocks.tuning.named())])
     while said := one.next_activations:
         before = {id(block) for block in one.kept or () if block.restored}
         one.restore()
         (block,) = (b for b in one.kept or () if b.restored and id(b) not in before)
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in block._saved.tensors
-            if not one.blocks.holds(tensor)
-        }
-        storages.pop(block.x.untyped_storage().data_ptr(), None)
-        assert not storages.keys() & known
-        taken = sum(storages.values())
-        assert 0.9 * taken <= said <= 1.6 * taken, (said, taken)
+        saved = places(block._saved.tensors)
+        new = saved.keys() - held.keys() - places([block.x]).keys()
+        taken = sum(saved[place] for place in new)
+        assert 0.9 * taken <= said <= 1.6 * taken
         assert not one.blocks._batch._masks
 
 

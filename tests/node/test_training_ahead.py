@@ -6,6 +6,7 @@ import torch
 import trio
 import trio.testing
 
+from petalnode.compute import Load
 from petalnode.serving.kept import KeptPasses
 from petalnode.training.protocol import Job
 
@@ -104,6 +105,24 @@ def test_who_was_here_last_comes_first_and_none_goes_without():
     assert spare(kept) == 1, "from who had most"
     assert (old.restored, new.restored, third.restored) == (1, 1, 1)
     assert (kept.ahead, spare(kept)) == (30, 0), "and nobody takes it back"
+
+
+def test_what_is_gone_back_through_is_not_let_go():
+    kept, owner, other = KeptPasses(100, 20), Owner("one"), Owner("other")
+    one = put(kept, owner, 1)
+    assert spare(kept) == 2
+    taken = take(kept, owner, 1)
+    put(kept, other, 1)
+    assert (spare(kept), one.restored, kept.ahead) == (0, 2, 20)
+    kept.give_back(taken)
+    assert (spare(kept), kept.ahead) == (2, 20)
+
+
+def test_a_turn_says_how_much_work_it_is():
+    """For simulated time."""
+    kept = KeptPasses()
+    put(kept, Owner("one"), 1)
+    assert kept.spare_turn().load == Load(1, 3)
 
 
 def test_tiny_jobs_in_turn_undo_nothing():
@@ -276,7 +295,19 @@ async def test_a_node_about_to_leave_keeps_nothing(tiny_checkpoint):
         talk, _ = await opened(swarm)
         await talk.say({**forward(1), "keep": True}, x=x)
         await talk.hear()
-        assert server._kept.used
+        await trio.testing.wait_all_tasks_blocked()
+        assert server._kept.ahead
         await server.drain()
         assert (await talk.hear())["type"] == "draining"
         assert server._kept.used == server._kept.ahead == 0
+
+
+async def test_a_node_that_is_told_to_leave_in_a_job_does_not_keep_it(tiny_checkpoint):
+    async with open_training_swarm(tiny_checkpoint(), ALONE) as swarm:
+        server = swarm.peers["a"].server
+        talk, _ = await opened(swarm)
+        (session,) = server._sessions
+        swarm.on_start = lambda *what: setattr(session, "_draining", True)
+        await talk.say({**forward(1), "keep": True}, x=numbers(3, HIDDEN))
+        assert (await talk.hear())["type"] == "output"
+        assert server._kept.used == 0
