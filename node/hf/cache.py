@@ -36,12 +36,11 @@ class RemoteCache(Cache):
         self,
         open_rows: OpenRows,
         dtype: torch.dtype,
-        max_positions: int,
         prompt: Tensor | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.prompt = prompt
-        self._open_rows, self._dtype, self._max_positions = open_rows, dtype, max_positions
+        self._open_rows, self._dtype = open_rows, dtype
         self._session: Held[HiddenSession] | None = None
         self._mask = torch.zeros(0, 0, dtype=torch.bool)
         self._lengths: list[int] = []
@@ -79,8 +78,8 @@ class RemoteCache(Cache):
     def step(self, hidden: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Outputs [B, keep, H] of the last block in the last ``keep`` columns, zeros for padding.
 
-        ``hidden`` [B, n, H] are new columns, tokens where ``mask`` [B, n] says so. Raises what
-        the session does; then the cache is of no more use.
+        ``hidden`` [B, n, H], which ask for no gradients, are new columns, tokens where ``mask``
+        [B, n] says so. Raises what the session does; then the cache is of no more use.
         """
         if self._in_step:
             raise UsageError("A step of this cache was interrupted.", "Begin with a new one.")
@@ -94,7 +93,7 @@ class RemoteCache(Cache):
                 Segment(row, self._lengths[row], len(tokens), int(wanted[row].sum()))
                 for row, tokens in fed.items()
             ]
-            packed = torch.cat(list(fed.values())).detach().to("cpu", self._dtype)
+            packed = torch.cat(list(fed.values())).to("cpu", self._dtype)
             self._in_step = True
             results = session.run(session.value.chain.forward, segments, packed, self._wire_order())
             self._in_step = False
@@ -127,7 +126,7 @@ class RemoteCache(Cache):
         """Forget the last columns, as many as the negative number says."""
         columns = self.get_seq_length()
         if tokens_to_remove > 0:  # the older meaning: how many stay
-            tokens_to_remove = min(tokens_to_remove - columns, 0)
+            tokens_to_remove -= columns
         stay = max(columns + tokens_to_remove, 0)
         gone = self._mask[:, stay:].sum(1).tolist()
         self._lengths = [length - one for length, one in zip(self._lengths, gone, strict=True)]
@@ -155,12 +154,6 @@ class RemoteCache(Cache):
                 continue
             if self.prompt is not None and not self._lengths[row]:
                 tokens = torch.cat([self.prompt.to(tokens), tokens])
-            if self._lengths[row] + len(tokens) > self._max_positions:
-                raise UsageError(
-                    f"The text makes {self._lengths[row] + len(tokens)} tokens, but the model's "
-                    f"context is {self._max_positions}.",
-                    "Shorten it.",
-                )
             fed[row] = tokens
         return fed
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.generic import can_return_tuple
 
 from petalnode.blocking import BlockingNode
 from petalnode.errors import UsageError
@@ -42,6 +43,7 @@ class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-unt
         """The head; where the model ties the two, the token embeddings."""
         return self.local.head
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -53,10 +55,9 @@ class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-unt
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **rest: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         """As transformers' own, for ids [B, T] or embeddings [B, T, H].
 
         Without a cache, gradients reach whatever is trained. Outputs at padding mean nothing;
@@ -69,26 +70,18 @@ class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-unt
         cache = self._cache(past_key_values, use_cache, output_hidden_states)
         cached = None if cache is None else cache.mask
         inputs = read_inputs(input_ids, inputs_embeds, attention_mask, position_ids, cached)
-        collect: list[Tensor] | None = [] if output_hidden_states else None
-        last, kept = inputs.tokens.shape[1], logits_to_keep
-        if isinstance(kept, int) and 0 < kept < last and collect is None:
-            last = kept
-        hidden = self.hidden(inputs, cache, last, collect)
-        logits = self.local.logits(
-            hidden[:, kept if isinstance(kept, Tensor) else slice(-kept, None)]
-        )
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        logits = self.local.logits(self.hidden(inputs, cache, logits_to_keep, states))
         loss = None
         if labels is not None:
             counted = counted_labels(labels, inputs.mask, logits)
             loss = self.loss_function(logits, counted, vocab_size=logits.shape[-1], **rest)
-        states = None if collect is None else (*collect[:-1], self.local.normed(hidden))
-        output = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,  # type: ignore[arg-type]  # transformers says FloatTensor
             past_key_values=cache,
-            hidden_states=states,  # type: ignore[arg-type]
+            hidden_states=None if states is None else tuple(states),  # type: ignore[arg-type]
         )
-        return output.to_tuple() if return_dict is False else output
 
     def _cache(
         self, given: RemoteCache | None, wanted: bool | None, hidden_states: bool | None
@@ -96,21 +89,16 @@ class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-unt
         """The cache to compute with, if any: a new one where it is asked for."""
         if given is None and not wanted:
             return None
-        cache = given if given is not None else self.new_cache()
-        if not isinstance(cache, RemoteCache):
-            raise UsageError(
-                f"A {type(cache).__name__} cannot be used: the caches are on the hops.",
-                "Leave past_key_values out, or give a model.new_cache().",
-            )
         if hidden_states:
             raise UsageError(
                 "Hidden states of every block are not to be had with a cache.",
                 "Use use_cache=False.",
             )
-        if torch.is_grad_enabled() and any(True for _ in self.parameters()):
+        cache = given if given is not None else self.new_cache()
+        if not isinstance(cache, RemoteCache):
             raise UsageError(
-                "There are no gradients through a cache.",
-                "Use it under torch.no_grad(), or leave use_cache out.",
+                f"A {type(cache).__name__} cannot be used: the caches are on the hops.",
+                "Leave past_key_values out, or give a model.new_cache().",
             )
         return cache
 
@@ -120,7 +108,13 @@ class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-unt
         model_kwargs: dict[str, Any],
         *rest: Any,
     ) -> None:
-        """What ``generate`` calls to get its cache."""
+        """What ``generate`` calls to get its cache, once it knows the attention mask."""
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all()):
+            raise UsageError(
+                "A prompt ends with padding, and no text can go on from there.",
+                'Pad on the left: tokenizer.padding_side = "left".',
+            )
         if generation_config.cache_implementation is not None:
             raise UsageError(
                 f"A cache of kind {generation_config.cache_implementation!r} cannot be had: the "
@@ -129,6 +123,11 @@ class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-unt
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = self.new_cache()
+
+
+# By the names in this table Trainer knows whose labels to shift where it smooths them, and the
+# text generation pipeline what it can take.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["petalnode"] = PetalnodeForCausalLM.__name__
 
 
 def counted_labels(labels: Tensor, mask: Tensor, logits: Tensor) -> Tensor:

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils.generic import can_return_tuple
 
 from petalnode.blocking import BlockingNode
 from petalnode.errors import UsageError
 from petalnode.events import Report, ignore
-from petalnode.hf.inputs import (
-    ID_DTYPES,
-    IGNORED,
-    read_inputs,
-    refuse_attentions,
-)
+from petalnode.hf.inputs import ID_DTYPES, IGNORED, read_inputs, refuse_attentions
 from petalnode.hf.model import RemoteModel
 from petalnode.training.modules import check_tensor
 
@@ -29,6 +26,9 @@ class PetalnodeForSequenceClassification(RemoteModel):  # type: ignore[no-untype
     ``num_labels`` rows.
     """
 
+    accepts_loss_kwargs = False
+    """Losses are means over a batch: ``Trainer`` divides those that it accumulates by itself."""
+
     def __init__(
         self, config: PreTrainedConfig, node: BlockingNode, report: Report = ignore
     ) -> None:
@@ -38,6 +38,7 @@ class PetalnodeForSequenceClassification(RemoteModel):  # type: ignore[no-untype
         self.score = nn.Linear(size, self.num_labels, bias=False)
         nn.init.normal_(self.score.weight, std=getattr(config, "initializer_range", 0.02))
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -47,43 +48,52 @@ class PetalnodeForSequenceClassification(RemoteModel):  # type: ignore[no-untype
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **rest: Any,
-    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+    ) -> SequenceClassifierOutputWithPast:
         """As transformers' own. A row's last token is the last that the attention mask leaves
         and that is not ``config.pad_token_id``, where that is set and ids are given.
 
         Raises ``UsageError`` for several rows where nobody says what padding is.
         """
         refuse_attentions(output_attentions)
-        padding = self.config.pad_token_id
+        if rest.get("past_key_values") is not None:
+            raise UsageError("A classifier goes on from no cache.", "Give it whole rows.")
         inputs = read_inputs(input_ids, inputs_embeds, attention_mask, position_ids, None)
-        unsaid = padding is None and attention_mask is None
-        if unsaid and input_ids is not None and len(input_ids) > 1:
-            raise UsageError(
-                "Several rows are given, and nobody says which tokens are padding.",
-                "Give an attention_mask, or set model.config.pad_token_id.",
-            )
-        collect: list[Tensor] | None = [] if output_hidden_states else None
-        hidden = self.hidden(inputs, None, inputs.tokens.shape[1], collect)
-        normed = self.local.normed(hidden)
-        tokens = inputs.mask
-        if input_ids is not None and padding is not None:
-            tokens = tokens & (input_ids.cpu() != padding)
-        scores = self.score(_last(normed, tokens).to(self.score.weight))
+        tokens = self._no_padding(input_ids, attention_mask, inputs.mask)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        hidden = self.hidden(inputs, collect=states)
+        scores = self.score(self.local.normed(_last(hidden, tokens)).to(self.score.weight))
         loss = None
         if labels is not None:
             check_labels(labels, *scores.shape)
             loss = self.loss_function(
                 logits=scores, labels=labels, pooled_logits=scores, config=self.config
             )
-        states = None if collect is None else (*collect[:-1], normed)
-        output = SequenceClassifierOutputWithPast(
+        return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=scores,
-            hidden_states=states,  # type: ignore[arg-type]  # transformers says FloatTensor
+            hidden_states=None if states is None else tuple(states),  # type: ignore[arg-type]
         )
-        return output.to_tuple() if return_dict is False else output
+
+    def _no_padding(self, ids: Tensor | None, given: Tensor | None, mask: Tensor) -> Tensor:
+        """Which columns [B, T] are no padding, by the mask and by what the token ids are."""
+        padding = self.config.pad_token_id
+        if ids is None:
+            return mask
+        if padding is not None:
+            return mask & ids.cpu().ne(padding)
+        if given is None and len(ids) > 1:
+            raise UsageError(
+                "Several rows are given, and nobody says which tokens are padding.",
+                "Give an attention_mask, or set model.config.pad_token_id.",
+            )
+        return mask
+
+
+# By the names in this table the text classification pipeline knows what it can take.
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["petalnode"] = (
+    PetalnodeForSequenceClassification.__name__
+)
 
 
 def check_labels(labels: Tensor, batch: int, num_labels: int) -> None:

@@ -20,7 +20,8 @@ from petalnode.errors import UsageError
 from petalnode.models import layout
 from petalnode.models.checkpoint import Checkpoint
 from petalnode.models.families import family_of
-from petalnode.models.layers.weights import VOCABULARY_SLICE, TorchParts
+from petalnode.models.finite import is_finite
+from petalnode.models.layers.weights import VOCABULARY_SLICE, ConvertedProduct, TorchParts
 
 
 class FrozenModule(nn.Module):
@@ -60,6 +61,9 @@ class VocabularyTable(FrozenModule):
         """See ``layers.parts.Vocabulary``."""
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight).float()
+        if x.requires_grad and torch.is_grad_enabled() and not self.weight.requires_grad:
+            logits: Tensor = ConvertedProduct.apply(x, self.weight)  # type: ignore[no-untyped-call]
+            return logits
         slices = torch.split(self.weight, VOCABULARY_SLICE)
         return torch.cat([F.linear(x, one.to(x.dtype)).float() for one in slices], -1)
 
@@ -103,14 +107,13 @@ class LayerNorm(FrozenModule):
 
 
 class Linear(FrozenModule):
-    """x @ weight.T + bias."""
+    """x @ weight.T."""
 
     weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [.., out] of [.., in]."""
-        bias: Tensor | None = getattr(self, "bias", None)
-        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 M = TypeVar("M", bound=FrozenModule)
@@ -136,7 +139,8 @@ class ModuleParts(TorchParts):
     ) -> Linear:
         """See `Parts.linear`; clients ask for plain ones."""
         assert isinstance(names, str)
-        return self._add(names, Linear(self._activations), "weight", *["bias"] * bias)
+        assert not bias
+        return self._add(names, Linear(self._activations), "weight")
 
     def rms_norm(self, name: str, size: int, eps: float, *, plus_one: bool = False) -> RmsNorm:
         """See `Parts.rms_norm`."""
@@ -207,6 +211,8 @@ class LocalModules(nn.ModuleDict):
                 f"{most}.",
                 "Shorten it.",
             )
+        if not tokens.is_floating_point():
+            tokens = self.embeddings(tokens)  # whole rows: what hooks on embeddings count on
         flat = tokens.flatten(0, 1).to(self.device)
         hidden = self._client.embed(flat, positions.flatten().to(self.device))
         return hidden.reshape(*tokens.shape[:2], -1)
@@ -218,7 +224,7 @@ class LocalModules(nn.ModuleDict):
                 f"Embeddings of {given.shape[-1]} numbers are not this model's.",
                 f"Give {size} for each token.",
             )
-        if not bool(given.isfinite().all()):
+        if not is_finite(given):
             raise UsageError("An embedding is not finite.", "Look at what they are made of.")
 
     def normed(self, hidden: Tensor) -> Tensor:
@@ -227,7 +233,7 @@ class LocalModules(nn.ModuleDict):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [.., V] of hidden states [.., H] as the last block left them."""
-        return self._client.logits(hidden.to(self.device, self.dtype)).float()
+        return self._client.logits(hidden.to(self.device, self.dtype))
 
 
 def unfreeze(module: nn.Module) -> None:

@@ -226,53 +226,73 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             return node.hold(added(0, blocks, report, workload, rows=len(lengths)))
 
         prompt = None if prompt is None else prompt.detach().clone()
-        return RemoteCache(open_rows, self.local.dtype, config.max_positions, prompt)
+        return RemoteCache(open_rows, self.local.dtype, prompt)
 
     def hidden(
-        self, inputs: Inputs, cache: RemoteCache | None, keep: int, collect: list[Tensor] | None
+        self,
+        inputs: Inputs,
+        cache: RemoteCache | None = None,
+        kept: int | Tensor = 0,
+        collect: list[Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [B, keep, H] of the last columns as the last block leaves them.
+        """Hidden states [B, K, H] as the last block leaves them, of the columns ``kept``: so many
+        of the last, 0 for all, or those whose numbers a tensor [K] has.
 
-        ``collect`` gets the inputs [B, T, H] of the first block, and the outputs of every one.
+        ``collect`` gets the inputs [B, T, H] of the first block and the outputs of every one, of
+        the last as the head is given them.
         """
-        trained = None if self.trained is None else self.trained.prompt
-        prompt = trained if cache is None else cache.prompt
-        before = 0 if prompt is None else len(prompt)
+        own = None if self.trained is None else self.trained.prompt
+        prompt = own if cache is None else cache.prompt
+        before, columns = 0 if prompt is None else len(prompt), inputs.tokens.shape[1]
         hidden = self.local.embed(inputs.tokens, inputs.positions + before)
+        last = kept if isinstance(kept, int) and 0 < kept < columns else columns
         if cache is not None:
-            with torch.no_grad():
-                return cache.step(hidden, inputs.mask, keep)
-        if self.served:
-            return self._through_served(hidden, inputs.mask, keep, collect)
+            output = self._through_cache(hidden, inputs.mask, cache, last)
+        elif self.served:
+            output = self._through_served(hidden, inputs.mask, last, collect)
+        else:
+            output = self._through_blocks(hidden, inputs.mask, prompt, collect)
+        return output[:, kept if isinstance(kept, Tensor) else slice(-last, None)]
+
+    def _through_blocks(
+        self, hidden: Tensor, mask: Tensor, prompt: Tensor | None, collect: list[Tensor] | None
+    ) -> Tensor:
+        """Hidden states [B, T, H], computed behind a prompt [P, H] if there is one."""
         if collect is not None:
             collect.append(hidden)
-        mask = inputs.mask
+        before = 0
         if prompt is not None:
-            prompts = prompt.to(hidden).expand(len(hidden), -1, -1)
-            hidden = torch.cat([prompts, hidden], 1)
+            before = len(prompt)
+            hidden = torch.cat([prompt.to(hidden).expand(len(hidden), -1, -1), hidden], 1)
             mask = torch.cat([mask.new_ones(len(mask), before), mask], 1)
         blocks: list[Tensor] | None = None if collect is None else []
-        output: Tensor = self.blocks(hidden, mask, blocks)
-        if collect is not None:
-            collect += [one[:, before:] for one in blocks or ()]
-        return output[:, before:][:, -keep:]
+        output: Tensor = self.blocks(hidden, mask, blocks)[:, before:]
+        if collect is not None and blocks is not None:
+            collect += [one[:, before:] for one in blocks[:-1]]
+            collect.append(self.local.normed(output))
+        return output
+
+    def _through_cache(self, hidden: Tensor, mask: Tensor, cache: RemoteCache, keep: int) -> Tensor:
+        """Hidden states [B, keep, H] behind what a cache has."""
+        through = [hidden, *([] if self.trained is None else self.trained.parameters())]
+        if torch.is_grad_enabled() and any(one.requires_grad for one in through):
+            raise UsageError(
+                "There are no gradients through a cache.",
+                "Use it under torch.no_grad(), or leave use_cache out.",
+            )
+        return cache.step(hidden, mask, keep)
 
     def _through_served(
         self, hidden: Tensor, mask: Tensor, keep: int, collect: list[Tensor] | None
     ) -> Tensor:
         """Hidden states [B, keep, H] through an adapter that nodes offer, by a session's means."""
-        if collect is not None or (torch.is_grad_enabled() and hidden.requires_grad):
+        if collect is not None or hidden.requires_grad:
             raise UsageError(
                 "Through an adapter that nodes offer come neither gradients nor hidden states of "
                 "every block.",
                 "Take the adapter's files by load_trained, or call disable().",
             )
-        cache = self.new_cache()
-        try:
-            with torch.no_grad():
-                return cache.step(hidden, mask, keep)
-        finally:
-            cache.close()
+        return self._through_cache(hidden, mask, self.new_cache(), keep)
 
     def resize_token_embeddings(self, *args: Any, **rest: Any) -> Any:
         """There is no other vocabulary: raises ``UsageError``."""
@@ -298,6 +318,8 @@ class RemoteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         The model itself stays where it is. ``Trainer``, which gives a ``state_dict``, gets the
         file that it resumes from; what else transformers passes changes nothing.
         """
+        if rest.get("push_to_hub"):
+            raise UsageError("Saving uploads nothing.", "Call model.push_to_hub(…) as well.")
         save_trained(self, Path(save_directory), for_trainer="state_dict" in rest)
 
     def load_trained(self, place: str | Path) -> None:

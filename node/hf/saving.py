@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from petalnode.errors import UsageError
-from petalnode.hf.local import FrozenModule, unfreeze
+from petalnode.hf.local import unfreeze
 from petalnode.models.tuning.peft_files import (
     Adapter,
     adapter_files,
@@ -82,9 +82,8 @@ def _read_local(model: nn.Module, path: Path) -> list[tuple[nn.Module, str, Tens
     for name, tensor in tensors.items():
         where, _, last = name.rpartition(".")
         module = modules.get(where)
-        trainable = module._parameters if module is not None else {}
-        frozen = module._buffers if isinstance(module, FrozenModule) else {}
-        known = (trainable | frozen).get(last)
+        own = {} if module is None else module._parameters | module._buffers
+        known = own.get(last)
         if module is None or known is None or known.shape != tensor.shape:
             raise UsageError(
                 f"{path} has {name!r} of shape {tuple(tensor.shape)}, which is not this model's.",

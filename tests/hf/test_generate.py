@@ -6,11 +6,14 @@ import pickle
 import pytest
 import torch
 import trio
+from transformers import GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from petalnode.errors import UsageError
+from petalnode.hf import PetalnodeForSequenceClassification
 
-from .test_forward import batch
+from .swarm_node import model_on, open_swarm_node
+from .test_forward import batch, close
 
 NEW = 12
 EOS = [5, 7, 11, 23]
@@ -86,6 +89,30 @@ def test_scores_streamers_and_criteria(both):
     torch.testing.assert_close(torch.stack(got.scores), torch.stack(want.scores), atol=1e-4, rtol=0)
 
 
+def test_hidden_states_of_every_step_without_a_cache(both):
+    ids, mask = batch("left", (6, 3))
+    options = {"return_dict_in_generate": True, "output_hidden_states": True, "use_cache": False}
+    options |= {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None}
+    want = generate(both.reference, ids, mask, **options).hidden_states
+    got = generate(both.model, ids, mask, **options).hidden_states
+    for one, other in zip(got, want, strict=True):
+        longer = torch.cat([mask, mask.new_ones(2, one[0].shape[1] - 6)], 1)
+        for state, its in zip(one, other, strict=True):
+            close(state, its, longer)
+
+
+def test_what_the_authors_say_about_generating(nodes, tmp_path):
+    for file in nodes("llama")[0].iterdir():
+        if file.name != "generation_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    GenerationConfig(max_new_tokens=3, pad_token_id=0).save_pretrained(tmp_path)
+    ids, _ = batch(lengths=(6,))
+    with open_swarm_node(tmp_path) as node:
+        assert model_on(node).generate(ids).shape == (1, 6 + 3)
+        (tmp_path / "generation_config.json").unlink()
+        assert model_on(node).generation_config.max_new_tokens is None
+
+
 def test_embeddings_as_the_prompt(both):
     ids, mask = batch("left", (6, 3))
     embeddings = both.model.get_input_embeddings()(ids)
@@ -138,6 +165,10 @@ def test_caches_are_freed_when_nobody_refers_to_them(both):
 
 
 def test_what_cannot_be_is_said(both):
+    ids, mask = batch("right", (6, 3))
+    for use_cache in (True, False):
+        with pytest.raises(UsageError, match="Pad on the left"):
+            generate(both.model, ids, mask, use_cache=use_cache)
     ids, mask = batch(lengths=(6,))
     with pytest.raises(UsageError, match="cache_implementation"):
         generate(both.model, ids, mask, cache_implementation="static")
@@ -154,3 +185,12 @@ def test_what_cannot_be_is_said(both):
             way(both.model)
     with pytest.raises(UsageError, match="4 rows"):
         cache.batch_repeat_interleave(4)
+
+
+def test_pipelines_take_the_classes(both, caplog):
+    classifier = model_on(both.node, PetalnodeForSequenceClassification, num_labels=2)
+    both.model.generation_config.max_new_tokens = 2
+    for task, model in (("text-generation", both.model), ("text-classification", classifier)):
+        use = pipeline(task, model=model, tokenizer=model.load_tokenizer())
+        assert len(use(["read the file", "a"])) == 2
+    assert "not supported" not in caplog.text

@@ -1,10 +1,12 @@
 """``petalnode.hf`` over real nodes: opened, shared, closed; and what importing it takes."""
 
 import ast
+import gc
 import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,8 @@ def test_an_adapter_that_nodes_offer(path, tmp_path):
         unfreeze(model.get_input_embeddings())
         with pytest.raises(UsageError, match="neither gradients nor"):
             model(ids, attention_mask=mask)
+        with torch.no_grad():
+            close(model(ids, attention_mask=mask).logits, logits, mask)
         freeze(model.local)
         unfreeze(model.get_output_embeddings())  # behind the blocks: nothing goes through them
         model(ids, attention_mask=mask, labels=ids).loss.backward()
@@ -126,11 +130,12 @@ def test_an_adapter_that_nodes_offer(path, tmp_path):
 
 
 def test_a_model_that_was_closed_says_so(path):
-    ids, mask = batch()
+    (ids, mask), running = batch("left"), loops()
     model = PetalnodeForCausalLM.from_pretrained(str(path), options=serving(0, 4))
     lora, before = model.enable_lora(2), model(ids, attention_mask=mask, labels=ids).loss
     cache = model.new_cache()
     model.close()
+    assert loops() == running
     model.close()
     calls = (
         lambda: model(ids),
@@ -184,6 +189,37 @@ def test_what_cannot_be_opened_is_said_and_nothing_stays(path, tmp_path):
         with pytest.raises(UsageError):
             PetalnodeForCausalLM.from_pretrained(str(path), **wrong)
     assert loops() == before
+
+
+def test_a_node_of_ones_own_stays_open_whatever_fails(path, tmp_path):
+    ids, mask = batch()
+    with open_blocking(str(path), serving(0, 4)) as node:
+        with pytest.raises(UsageError, match="neither"):
+            PetalnodeForCausalLM.from_pretrained(str(path), node=node, trained=tmp_path)
+        model = PetalnodeForCausalLM.from_pretrained(str(path), node=node)
+        assert model(ids, attention_mask=mask).logits.isfinite().all()
+        assert (model.name_or_path, model.training) == (str(path), False)
+
+
+def test_a_model_that_nobody_refers_to_closes_its_node(path):
+    model = PetalnodeForCausalLM.from_pretrained(str(path), options=serving(0, 4))
+    thread = model.node._thread
+    del model
+    gc.collect()
+    thread._thread.join(timeout=30)
+    assert not thread._thread.is_alive()
+
+
+def test_another_dtype_is_that_of_options(path):
+    ids, mask = batch()
+    options = replace(serving(0, 4), dtype="bfloat16")
+    with PetalnodeForCausalLM.from_pretrained(str(path), options=options) as model:
+        assert model.dtype == torch.bfloat16
+        lora = model.enable_lora(2)
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        assert {one.dtype for one in lora.parameters()} == {torch.float32}
+        assert any(one.grad.any() for one in lora.parameters())
+        assert generate(model, ids[:1], mask[:1]).shape[0] == 1
 
 
 def test_importing_petalnode_does_not_import_transformers():

@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 from petalnode.errors import UsageError
 from petalnode.hf import freeze, unfreeze
@@ -113,6 +112,40 @@ def test_loss_and_gradients(each, kind):
     for name, parameter in trained.named_parameters():
         error = (parameter.grad - own[name].grad).norm() / own[name].grad.norm()
         assert error < 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_with_what_is_trained(both, kind):
+    ids, mask = batch("right", (7, 4))
+    trained = enable(both, kind)
+    got = both.model(ids, attention_mask=mask, labels=ids, output_hidden_states=True)
+    with adapted(both.reference, trained) as own:
+        embeddings, longer = reference_inputs(both.reference, own, ids, mask)
+        want = both.reference(
+            inputs_embeds=embeddings, attention_mask=longer, output_hidden_states=True
+        ).hidden_states
+    assert len(got.hidden_states) == len(want)
+    for one, other in zip(got.hidden_states, want, strict=True):
+        close(one, other[:, -ids.shape[1] :], mask)
+    got.hidden_states[-1].sum().backward()
+    assert all(one.grad.any() for one in trained.parameters())
+
+
+def test_what_is_said_of_matrices_and_prompts(both):
+    lora = both.model.enable_lora(4, alpha=2.0, seed=1)
+    (scale,) = {low.scale for one in lora.tuning().blocks.values() for low in one.lora.values()}
+    assert scale == 2.0 / 4
+    first = next(lora.parameters()).detach().clone()
+    for seed, same in ((1, True), (2, False)):
+        both.model.disable()
+        again = next(both.model.enable_lora(4, seed=seed).parameters())
+        assert torch.equal(again, first) is same
+    prompts = []
+    for seed in (1, 1, 2):
+        both.model.disable()
+        prompts.append(both.model.enable_prompt(2, seed=seed).prompt)
+    assert torch.equal(prompts[0], prompts[1])
+    assert not torch.equal(prompts[0], prompts[2])
 
 
 def test_steps_of_an_ordinary_loop(both):
@@ -254,11 +287,15 @@ def test_what_was_trained_is_saved_and_loaded(both, kind, tmp_path):
     ids, mask = batch()
     enable(both, kind)
     unfreeze(both.model.get_output_embeddings())
-    both.model.get_output_embeddings().weight.data *= 1.5
+    head = both.model.get_output_embeddings().weight
+    head.data = (head.data * 1.5).T.contiguous().T  # in another order of memory
     want = both.model(ids, attention_mask=mask).logits
-    both.model.save_pretrained(tmp_path / "out")
+    both.model.save_pretrained(tmp_path / "a" / "new one")
+    found = {file.name for file in (tmp_path / "a" / "new one").iterdir()}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert found == adapter | {"local_modules.safetensors"}
     fresh = model_on(both.node)
-    fresh.load_trained(tmp_path / "out")
+    fresh.load_trained(tmp_path / "a" / "new one")
     close(fresh(ids, attention_mask=mask).logits, want, atol=1e-6)
     names = {name for name, _ in both.model.named_parameters()}
     assert {name for name, _ in fresh.named_parameters()} == names
@@ -271,6 +308,7 @@ def test_peft_loads_what_was_saved(both, tmp_path):
     enable(both, "lora")
     both.model.save_pretrained(tmp_path)
     want = both.model(ids, attention_mask=mask).logits
+    assert not (tmp_path / "local_modules.safetensors").exists()
     theirs = PeftModel.from_pretrained(both.reference, tmp_path)
     try:
         close(theirs(ids, attention_mask=mask).logits, want, mask)
@@ -301,6 +339,8 @@ def test_files_that_are_not_this_models_are_said(both, nodes, tmp_path):
         both.model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="neither"):
         both.model.load_trained(tmp_path)
+    with pytest.raises(UsageError, match="no adapter"):
+        both.model.load_trained(tmp_path / "not there")
     (tmp_path / "a file").write_text("mine")
     both.model.enable_lora(2)
     with pytest.raises(UsageError, match="is a file"):
@@ -311,6 +351,9 @@ def test_files_that_are_not_this_models_are_said(both, nodes, tmp_path):
         both.model.load_trained(tmp_path)
     unfreeze(both.model.get_output_embeddings())
     both.model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="uploads nothing"):
+        both.model.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
     other = model_on(nodes("opt")[1])
     with pytest.raises(UsageError, match="not this model's"):
         other.load_trained(tmp_path)
@@ -321,60 +364,3 @@ def test_files_that_are_not_this_models_are_said(both, nodes, tmp_path):
     with pytest.raises(UsageError, match="damaged"):
         fresh.load_trained(tmp_path)
     assert list(fresh.parameters()) == list(other.parameters()) == []
-
-
-def train(model, directory, *, resume=None, **changes):
-    """Let transformers' own ``Trainer`` train; return the loss of each step, and the trainer."""
-    ids, mask = batch("right", (9, 2, 6, 5))
-    rows = [
-        {"input_ids": row, "attention_mask": kept, "labels": row}
-        for row, kept in zip(ids, mask, strict=True)
-    ]
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **changes,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
-    trainer.train(resume_from_checkpoint=resume)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
-
-
-def test_the_trainer_of_transformers(both, tmp_path):
-    both.model.enable_lora(4)
-    before = [parameter.detach().clone() for parameter in both.model.parameters()]
-    accumulated = {"max_steps": 2, "gradient_accumulation_steps": 2, "save_strategy": "no"}
-    _, trainer = train(both.model, tmp_path, **accumulated)
-    trainer.save_model(str(tmp_path / "out"))
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert any(
-        not torch.equal(one, parameter)
-        for one, parameter in zip(before, both.model.parameters(), strict=True)
-    )
-
-
-def test_the_trainer_goes_on_from_a_checkpoint_and_takes_the_best(both, tmp_path):
-    def fresh():
-        model = model_on(both.node)
-        model.enable_lora(4)
-        unfreeze(model.local["norm" if "norm" in model.local else "ln_f"])
-        return model
-
-    often = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    losses, _ = train(fresh(), tmp_path, **often)
-    resumed, _ = train(fresh(), tmp_path, resume=str(tmp_path / "checkpoint-2"), **often)
-    assert resumed == pytest.approx(losses, abs=1e-4)
-    assert abs(losses[3] - losses[1]) > 1e-2
-    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    model = fresh()
-    _, trainer = train(model, tmp_path / "best", **often, **best)
-    loaded = model_on(both.node)
-    loaded.load_trained(trainer.state.best_model_checkpoint)
-    for one, other in zip(loaded.parameters(), model.parameters(), strict=True):
-        assert torch.equal(one, other)
