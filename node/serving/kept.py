@@ -189,8 +189,9 @@ class KeptPasses:
 
     def _seen(self, owner: Owner) -> _Session:
         """The session, which was here last now."""
-        self._sessions[owner] = self._sessions.pop(owner, None) or _Session()
-        return self._sessions[owner]
+        session = self._sessions.pop(owner, _Session())
+        self._sessions[owner] = session
+        return session
 
     def _of(self, owner: Owner) -> dict[int, Kept]:
         session = self._sessions.get(owner)
