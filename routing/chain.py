@@ -236,6 +236,8 @@ def no_route(
     lost = [a for a in online if any(a.start <= block < a.end for block in missing)]
     if missing:
         reason = why_not(lost[0], workload, known)
+        if workload.adapters and why_not(lost[0], replace(workload, adapters=()), known) is None:
+            remedy = "Offer it there with `petalnode run --adapter`, or give your own directory."
         cause = f"{_in_words(missing)} served only by peers that cannot take this session"
         return NoRoute(f"{cause}; of {lost[0].peer_id}: {reason}.", remedy, missing)
     if not workload.kv_tokens:

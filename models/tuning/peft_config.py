@@ -132,9 +132,10 @@ def _patterns(config: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
         match = PLAIN_PATTERN.fullmatch(pattern)
         if match is None:
             raise UsageError(
-                f"{what} has the expression {shown(pattern)} in its {key}, "
-                "and petalnode runs none of a stranger's.",
-                "Write the modules' own names there.",
+                f"{what} has the regular expression {shown(pattern)} in its {key}, "
+                "and petalnode evaluates none of a stranger's.",
+                "Write plain names of modules there, each with its value: q_proj, or "
+                "layers.0.self_attn.q_proj.",
             )
         end = "^." * bool(match["start"]) + match["key"].replace("\\.", ".")
         plain.setdefault(end, value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from petalnode.errors import UsageError
+from petalnode.errors import ModelError, UsageError
 from petalnode.models.config import ModelConfig
 from petalnode.models.digests import file_sha256
 from petalnode.models.families import family_of
@@ -70,22 +71,38 @@ def adapter_files(place: str, cache_dir: str | Path | None = None) -> Path:
 
     Raises `UsageError` or `ModelError` where there is none, or one without safetensors.
     """
-    source: Source
-    match = HUB_ID.fullmatch(place)
-    if (path := local_directory(place)) is not None:
-        source = Directory(path)
-    elif match is not None and not place.startswith("."):
-        from petalnode.models.hub import HubRepo
+    try:
+        source = _find(place, cache_dir)
+        _check_complete(source)
+        source.fetch([CONFIG, WEIGHTS])
+        return source.path(WEIGHTS).parent
+    except ModelError as error:  # a hub's remedies are for whoever wants a model
+        remedy = error.remedy.replace("a model directory", "the directory of an adapter")
+        raise ModelError(error.cause, remedy) from error
 
-        source = HubRepo(match["repo"], match["revision"], cache_dir, first=CONFIG)
-    else:
+
+def is_hub_id(place: str) -> bool:
+    """Return whether an adapter of that name would be asked of the hub."""
+    here = place.startswith(".") or os.path.exists(os.path.expanduser(place))
+    return not here and HUB_ID.fullmatch(place) is not None
+
+
+def _find(place: str, cache_dir: str | Path | None) -> Source:
+    if (path := local_directory(place)) is not None:
+        return Directory(path)
+    if os.path.isfile(os.path.expanduser(place)):
+        raise UsageError(
+            f"{place[:200]!r} is a file.", f"Give the directory that holds {CONFIG} and {WEIGHTS}."
+        )
+    match = HUB_ID.fullmatch(place)
+    if match is None or not is_hub_id(place):
         raise UsageError(
             f"There is no adapter {place[:200]!r}.",
             'Give the directory of an adapter, or a Hugging Face repo as "org/name".',
         )
-    _check_complete(source)
-    source.fetch([CONFIG, WEIGHTS])
-    return source.path(WEIGHTS).parent
+    from petalnode.models.hub import HubRepo
+
+    return HubRepo(match["repo"], match["revision"], cache_dir, first=CONFIG)
 
 
 def _check_complete(source: Source) -> None:
@@ -249,7 +266,13 @@ class _Reader:
                 f"{self.what} has one of two matrices for {name}.", "Use a complete adapter."
             )
         a, b = (self._header[sides[side]].shape for side in "AB")
-        check_shapes(a, b, name, *lora_sites(self._config, index)[site])
+        outputs, inputs = lora_sites(self._config, index)[site]
+        if len(a) == len(b) == 2 and (a[1], b[0]) == (inputs, outputs) and a[0] != b[1]:
+            raise UsageError(
+                f"{self.what} has matrices of two ranks for {name}: A of {a[0]}, B of {b[1]}.",
+                "Use matrices that were saved together.",
+            )
+        check_shapes(a, b, name, outputs, inputs)
         if a[0] != rank:
             raise UsageError(
                 f"{self.what} has the rank {a[0]} for {name}, but its {CONFIG} says {rank}.",

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import trio
@@ -47,9 +48,17 @@ def main(arguments: Namespace) -> int:
     """Run the demo; it ends by itself."""
     for name in [name for name in os.environ if name.startswith("PETALNODE_")]:
         del os.environ[name]  # they are meant for one node, not for all of these
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the nodes on it, too
+    signal.signal(signal.SIGTERM, as_ctrl_c)  # stop the nodes on it, too
     trio.run(demo, arguments)
     return 0
+
+
+def as_ctrl_c(_: int, frame: FrameType | None) -> None:
+    """Do what SIGINT does: while trio runs, its handler keeps the interrupt out of its insides."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # a shell starts its background jobs with it ignored
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 async def demo(arguments: Namespace) -> None:
@@ -156,9 +165,9 @@ async def open_processes(folder: Path, say: Say) -> AsyncIterator[list[ServingPr
                     )
                 yield nodes
             finally:
+                nursery.cancel_scope.cancel()  # how they end from now on is no news
                 with trio.CancelScope(shield=True):
                     await stop_all(nodes)
-                nursery.cancel_scope.cancel()
 
 
 async def start_all(
@@ -170,25 +179,34 @@ async def start_all(
         join = ["--join", nodes[0].invite] if nodes else []
         verb = [sys.executable, "-m", "petalnode", "run", "demo", "--json"]
         where = ["--host", "127.0.0.1", "--blocks", blocks, "--name", f"demo-{number + 1}"]
-        process = await trio.lowlevel.open_process(
-            [*verb, *where, "--identity", str(identity), *join],
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C goes to the demo, which stops its nodes itself
-        )
-        nodes.append(ServingProcess(process))
+        await start_one([*verb, *where, "--identity", str(identity), *join], nodes)
         nursery.start_soon(nodes[-1].follow, say)
         await nodes[0].listening.wait()
     for node in nodes:
         await node.ready.wait()
 
 
+@trio.lowlevel.enable_ki_protection
+async def start_one(command: list[str], nodes: list[ServingProcess]) -> None:
+    """Add a process to ``nodes``. No interrupt comes between its start and its being known."""
+    process = await trio.lowlevel.open_process(
+        command,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C goes to the demo, which stops its nodes itself
+    )
+    nodes.append(ServingProcess(process))
+
+
 async def stop_all(nodes: list[ServingProcess]) -> None:
-    """Ask each to drain and leave; kill what does not."""
-    for node in nodes:
-        node.process.terminate()
-    with trio.move_on_after(STOP_DEADLINE_S):
+    """Ask each to drain and leave; kill what does not, and all of them on another interrupt."""
+    try:
         for node in nodes:
-            await node.process.wait()
+            node.process.terminate()
+        with trio.move_on_after(STOP_DEADLINE_S):
+            for node in nodes:
+                await node.process.wait()
+    finally:
+        for node in nodes:
+            node.process.kill()
     for node in nodes:
-        node.process.kill()
         await node.process.wait()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
-from petalnode.cli.output import end_progress, reporter
+from petalnode.cli.output import SearchDone, end_progress, reporter
 from petalnode.errors import UsageError
 from petalnode.events import Done, Report, TokenEvent
 from petalnode.joining import parse_joins
 from petalnode.models.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from petalnode.session.generation import Completion
 
 NOT_UTF8 = "The prompt is not UTF-8 text."
 
@@ -92,15 +96,21 @@ async def generate(checkpoint: Checkpoint, arguments: Namespace, report: Report)
             report, workload, rows=options.num_beams, adapter=arguments.adapter or ""
         ) as session,
     ):
+        started = trio.current_time()
         generation = session.generate(prompt, options)
         async for token in generation:
             report(TokenEvent(token.id, token.text, token.position, round(token.ms, 3)))
-        report(
-            Done(
-                tokens=generation.tokens,
-                text=generation.text,
-                ttft_ms=round((generation.ttft_s or 0.0) * 1000, 3),
-                tokens_per_s=round(generation.tokens_per_s, 3),
-                finish_reason=generation.finish_reason or "length",
-            )
-        )
+        report(done(generation, trio.current_time() - started))
+
+
+def done(generation: Completion, seconds: float) -> Done:
+    """What there is to say of a generation that took so long."""
+    searched = generation.options.num_beams > 1
+    in_all = len(generation.tokens) / max(seconds, 1e-9)
+    return (SearchDone if searched else Done)(
+        tokens=generation.tokens,
+        text=generation.text,
+        ttft_ms=round((generation.ttft_s or 0.0) * 1000, 3),
+        tokens_per_s=round(in_all if searched else generation.tokens_per_s, 3),
+        finish_reason=generation.finish_reason or "length",
+    )

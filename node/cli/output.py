@@ -16,6 +16,10 @@ CLEAR_TO_END = "\x1b[K"
 """Tells a terminal to forget what else is on the line (ECMA-48, erase in line)."""
 
 
+class SearchDone(events.Done):
+    """Of a beam search: its tokens come in no steady flow, so the rate is over the whole time."""
+
+
 def reporter(as_json: bool) -> Report:
     """The ``Report`` that suits what was asked for."""
     return print_json if as_json else print_human
@@ -167,10 +171,12 @@ def _token(event: events.TokenEvent) -> None:
 
 
 def _done(event: events.Done) -> None:
+    in_all = isinstance(event, SearchDone)
+    rate = f"{event.tokens_per_s:.1f} tokens/s"
     print(flush=True)
     note(
         f"{amount(len(event.tokens), 'token')} ({event.finish_reason}), first after "
-        f"{event.ttft_ms:.0f} ms, then {event.tokens_per_s:.1f} tokens/s"
+        f"{event.ttft_ms:.0f} ms, {rate + ' in all' if in_all else 'then ' + rate}"
     )
 
 
@@ -194,5 +200,6 @@ SENTENCES: dict[type[Event], Callable[..., None]] = {
     events.HopLost: _lost,
     events.TokenEvent: _token,
     events.Done: _done,
+    SearchDone: _done,
     events.Swarm: _swarm,
 }

@@ -20,12 +20,16 @@ REFUSALS_EVERY_S = 60.0
 
 
 def main(arguments: Namespace) -> int:
-    """Check what can be checked before torch is loaded, then serve."""
+    """Check what can be checked before anything listens, then serve."""
     parse_joins(arguments.join)
     checkpoint = open_checkpoint(
         arguments.model, revision=arguments.revision, cache_dir=arguments.cache_dir
     )
     _ = checkpoint.fingerprint  # large files take a while: here an interrupt ends it
+    if arguments.adapter:
+        from petalnode.serving.adapters import check_here
+
+        check_here(arguments.adapter, checkpoint.config)
     try:
         trio.run(serve, checkpoint, arguments, reporter(arguments.json))
     finally:

@@ -16,6 +16,7 @@ from petalnode.models.tuning.peft_files import (
     adapter_block_bytes,
     adapter_digest,
     adapter_files,
+    is_hub_id,
     load_adapter,
 )
 from petalnode.models.tuning.tuning import Tuning
@@ -42,12 +43,22 @@ def find_offered(
 
     Raises ``UsageError`` or ``ModelError`` that names the adapter.
     """
+    _check_count(ids)
+    found = [_find(name, config, cache_dir) for name in ids]
+    return tuple({one.name: one for one in found}.values())
+
+
+def check_here(ids: Sequence[str], config: ModelConfig) -> None:
+    """Raise what ``find_offered`` would, as far as this machine knows without asking a hub."""
+    _check_count(ids)
+    find_offered([name for name in ids if not is_hub_id(name)], config)
+
+
+def _check_count(ids: Sequence[str]) -> None:
     if len(ids) > MAX_ADAPTERS:
         raise UsageError(
             f"{len(ids)} adapters are too many for one node.", f"Offer at most {MAX_ADAPTERS}."
         )
-    found = [_find(name, config, cache_dir) for name in ids]
-    return tuple({one.name: one for one in found}.values())
 
 
 def load_offered(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,7 +76,7 @@ async def find_added(
         if local_directory(adapter) is None:
             offered = {name for record in records for name in record.adapters}
             served = offered_as(adapter, offered)
-            if served or "/" not in adapter:
+            if served or not _is_place(adapter):
                 return Added(served=served or _nobody(adapter, offered))
         read = partial(read_adapter, adapter, config, cache_dir)
         found = await compute.run(read)
@@ -121,6 +122,11 @@ def offered_as(wanted: str, offered: Collection[str]) -> str:
             f"Several adapters are offered as {wanted!r}: {_some(found)}.", "Name one of these."
         )
     return found[0] if found else ""
+
+
+def _is_place(adapter: str) -> bool:
+    """Whether it can be read, or told why not, although nobody offers it."""
+    return "/" in adapter or os.path.isfile(adapter)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -201,8 +201,9 @@ class Session:
         if not all(0 <= token < vocab for token in ids):
             raise UsageError("A token id is not the model's.", f"Ids go from 0 to {vocab - 1}.")
         if total >= self.max_positions:
+            virtual = f", {len(self.prefix)} of them the adapter's," if self.prefix else ","
             raise UsageError(
-                f"The prompt makes {total} tokens, but the model's context is "
+                f"The prompt makes {total} tokens{virtual} but the model's context is "
                 f"{self.max_positions}.",
                 "Shorten the prompt.",
             )

@@ -194,6 +194,12 @@ class RemoteBlocks(nn.Module):
         do not fit, and what the session raises.
         """
         packed, index, lengths = pack(hidden, attention_mask)
+        size = self._node.value.checkpoint.config.hidden_size
+        if hidden.shape[2] != size:
+            raise UsageError(
+                f"Hidden states of shape {tuple(hidden.shape)} are not the model's.",
+                f"Give them as [batch, tokens, {size}].",
+            )
         named = {} if self.trained is None else self.trained.named()
         tuning = NOTHING if self.trained is None else self.trained.tuning()
         call = _Call(self._open(), lengths, tuning, list(named), collect is not None)

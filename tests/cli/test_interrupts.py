@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import trio
+import trio.testing
 
 from petalnode import node
-from petalnode.cli import generate, run, signals
+from petalnode.cli import demo, generate, run, signals, status
 from petalnode.cli.arguments import parse_arguments
 from petalnode.cli.main import main
 from petalnode.errors import UsageError
@@ -94,3 +95,89 @@ async def test_generate_tells_what_its_node_does(monkeypatch):
 def test_downloaded_adapters_go_where_it_is_said():
     for flags, place in (([], None), (["--cache-dir", "x"], Path("x"))):
         assert run.node_options(parse_arguments(["run", "demo", *flags], {})).cache_dir == place
+
+
+def test_an_interrupt_that_comes_with_other_errors_is_one(monkeypatch, capsys):
+    """Tasks that end because of it may fail in ways of their own."""
+
+    def verb(arguments):
+        raise BaseExceptionGroup("", [ExceptionGroup("", [ValueError(), OSError()]), *interrupts])
+
+    monkeypatch.setattr(status, "main", verb)
+    interrupts = [BaseExceptionGroup("", [KeyboardInterrupt(), UsageError("Ended.")])]
+    assert main(["status"]) == 130
+    assert capsys.readouterr() == ("", "")
+    interrupts.clear()
+    with pytest.raises(ExceptionGroup):
+        main(["status"])
+
+
+class Process:
+    """A node of the demo that says nothing, until it is told to end."""
+
+    def __init__(self, told):
+        self.stdout, self._told, self._ended = self, told, trio.Event()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        await self._ended.wait()
+        raise StopAsyncIteration
+
+    async def wait(self):
+        await self._ended.wait()
+        await trio.testing.wait_all_tasks_blocked()  # it takes its time
+        return -15
+
+    def terminate(self):
+        self._told("terminate")
+        self._ended.set()
+
+    def kill(self):
+        self._told("kill")
+        self._ended.set()
+
+
+@pytest.fixture
+def heeding_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_interrupt_while_the_demo_starts_stops_its_nodes(
+    again, heeding_ctrl_c, monkeypatch, tmp_path
+):
+    """How they end then is no error, and another interrupt leaves none of them behind."""
+    told = []
+
+    def tell(what):
+        told.append(what)
+        if again and what == "terminate":
+            signal.raise_signal(signal.SIGINT)
+
+    async def open_process(*_, **__):
+        await trio.lowlevel.checkpoint()
+        signal.raise_signal(signal.SIGINT)
+        return Process(tell)
+
+    async def start():
+        async with demo.open_processes(tmp_path, print):
+            pytest.fail("they are not ready")
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", open_process)
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(start)
+    assert told == ["terminate", "kill"]
+
+
+def test_the_demo_takes_a_sigterm_as_ctrl_c(heeding_ctrl_c):
+    told = []
+    signal.signal(signal.SIGINT, lambda *given: told.append(given))
+    demo.as_ctrl_c(signal.SIGTERM, None)
+    assert told == [(signal.SIGINT, None)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with pytest.raises(KeyboardInterrupt):
+        demo.as_ctrl_c(signal.SIGTERM, None)

@@ -3,11 +3,13 @@
 import json
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import trio
 
 from petalnode import events
-from petalnode.cli.output import CLEAR_TO_END, end_progress, print_human, print_json
+from petalnode.cli.generate import done
+from petalnode.cli.output import CLEAR_TO_END, SearchDone, end_progress, print_human, print_json
 from petalnode.cli.run import REFUSALS_EVERY_S, tell_refusals
 
 MEMORY = {"weights": 2**20, "peak": 2**21}
@@ -32,6 +34,28 @@ def test_json_is_one_object_a_line_named_by_its_event(capsys):
     assert [line["event"] for line in lines] == [event.event for event in EVENTS]
     assert lines[0]["invite"] == "pn1:x"
     assert lines[7]["hops"][0] == {"peer_id": "peer-abcdef", "blocks": [0, 4], "rtt_ms": 1.5}
+
+
+def test_the_rate_of_a_search_is_over_the_whole_time(capsys):
+    """Its tokens come when all beams agree on them, most of them at its end."""
+    print_human(events.Done([5, 6], "def", 20.0, 50.0, "length"))
+    assert capsys.readouterr().err == "2 tokens (length), first after 20 ms, then 50.0 tokens/s\n"
+    for beams, kind, rate in ((1, events.Done, 50.0), (3, SearchDone, 2.0)):
+        told = done(generation(beams), 2.5)
+        assert (type(told), told.tokens_per_s) == (kind, rate)
+        assert told.to_json()["event"] == "done"
+    print_human(told)
+    assert capsys.readouterr().err == (
+        "5 tokens (length), first after 2500 ms, 2.0 tokens/s in all\n"
+    )
+
+
+def generation(beams):
+    options = SimpleNamespace(num_beams=beams)
+    numbers = {"ttft_s": 2.5, "tokens_per_s": 50.0}
+    return SimpleNamespace(
+        options=options, tokens=[1] * 5, text="", finish_reason="length", **numbers
+    )
 
 
 def test_only_the_text_goes_to_stdout(capsys):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from petalnode.cli import run
 from petalnode.cli.arguments import EXAMPLES, parse_arguments
 from petalnode.cli.main import main
 
@@ -35,6 +36,43 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_a_text_has_one_adapter(capsys):
+    """The last of several would count, and nobody would know."""
+    given = ["generate", "demo", "a", "--adapter", "x"]
+    assert parse_arguments(given, {"PETALNODE_ADAPTER": "y"}).adapter == "x"
+    with pytest.raises(SystemExit) as caught:
+        main([*given, "--adapter", "x"])
+    assert caught.value.code == 2
+    assert "--adapter: can be given only once here" in capsys.readouterr().err
+    assert parse_arguments(["run", "demo", "--adapter", "x", "--adapter", "y"], {}).adapter == [
+        "x",
+        "y",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "words"),
+    [
+        (["org/none", "."], "has no adapter_config.json"),
+        (["./none"], "There is no adapter './none'"),
+        (["mine/adapter_model.safetensors"], "is a file"),
+        (["mine"], "The adapter mine is empty"),
+        (["org/none"] * 9, "9 adapters are too many"),
+    ],
+)
+def test_adapters_are_checked_before_a_swarm_is_founded(
+    capsys, monkeypatch, tmp_path, adapters, words
+):
+    """Those that are here; no hub is asked."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+    (tmp_path / "mine" / "adapter_model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "serve", None)
+    flags = [flag for name in adapters for flag in ("--adapter", name)]
+    assert words in fails(capsys, "run", "demo", *flags)
 
 
 def test_import_and_help_load_neither_torch_nor_libp2p():

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from petalnode.errors import ModelError, UsageError
 from petalnode.models.sources import find_source
@@ -76,6 +77,18 @@ def test_places_that_are_none(case: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_file_of_an_adapter(saved: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """A relative path looks like the name of a repo."""
+    monkeypatch.chdir(saved.parent)
+    monkeypatch.setenv("HOME", str(saved.parent))
+    for place in (f"mine/{file}", f"./mine/{file}", f"~/mine/{file}", str(saved / file)):
+        with pytest.raises(UsageError) as caught:
+            adapter_files(place)
+        assert caught.value.cause == f"{place!r} is a file."
+        assert caught.value.remedy == f"Give the directory that holds {CONFIG} and {WEIGHTS}."
+
+
 def test_a_directory_that_one_is_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved)
     assert load_adapter(adapter_files("."), LLAMA).name == "mine"
@@ -120,6 +133,14 @@ def test_a_repo_of_the_hub_without_safetensors(hub: HubServer, saved: Path, tmp_
     hub.add("org/model", saved)
     with pytest.raises(ModelError, match=rf"repo org/model lacks the file {CONFIG}"):
         adapter_files("org/model", tmp_path / "hub")
+
+
+def test_a_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as caught:
+        adapter_files("org/adapter", tmp_path / "hub")
+    assert "'org/adapter'" in str(caught.value)
+    assert str(caught.value).endswith("or give the directory of an adapter.")
 
 
 def test_a_repo_of_the_hub_that_the_disk_has_no_room_for(

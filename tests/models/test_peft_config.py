@@ -113,11 +113,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an alpha of true": ({"alpha_pattern": {"q_proj": True}}, "alpha_pattern = True"),
     "patterns in a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern = ['q_proj']"),
     "a word for yes or no": ({"use_rslora": "false"}, "use_rslora = 'false'"),
-    "an expression": (
-        {"rank_pattern": {"(.*)*x": 3}},
-        "the expression '(.*)*x' in its rank_pattern",
-    ),
 }
+
+EXPRESSIONS = ["(.*)*x", "(q|v)_proj", ".*layers\\.[0-3]\\..*q_proj", "q_proj|v_proj", ""]
 
 
 MORE = {
@@ -160,6 +158,16 @@ def test_settings_that_are_refused(saved: Path, case: str) -> None:
     told = message(saved)
     assert words in told
     assert told.startswith("The adapter mine ")
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_expressions_that_are_not_evaluated(key: str, expression: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        settings(**{key: {expression: 3}})
+    told = f"has the regular expression {expression!r} in its {key}, and petalnode evaluates none"
+    assert told in caught.value.cause
+    assert "plain names of modules" in caught.value.remedy
 
 
 def test_harmless_settings(saved: Path) -> None:

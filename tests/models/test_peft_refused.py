@@ -63,6 +63,10 @@ TENSORS: dict[str, tuple[Change, str]] = {
         lambda t: t.update({KEY.format(1, "A"): torch.zeros(3, 64)}),
         "[3, 64] and [48, 3], but the layer takes 48 numbers and gives 48",
     ),
+    "two ranks": (
+        lambda t: t.update({KEY.format(1, "A"): torch.zeros(5, 48)}),
+        "matrices of two ranks for self_attn.q_proj in block 1: A of 5, B of 3",
+    ),
     "another rank": (
         lambda t: t.update(
             {KEY.format(1, "A"): torch.zeros(5, 48), KEY.format(1, "B"): torch.zeros(48, 5)}

@@ -108,3 +108,14 @@ def test_scales_that_are_no_ordinary_numbers(scale):
     with pytest.raises(UsageError, match="has the scale") as caught:
         check_scale(scale, "It")
     assert len(caught.value.cause) < 100
+
+
+async def test_a_file_is_no_name_of_what_others_offer(config, tmp_path, monkeypatch):
+    """Unless it is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("law", "mine.safetensors"):
+        (tmp_path / name).touch()
+    offers = (SimpleNamespace(adapters=("law@00112233",)),)
+    assert (await find_added("law", config, offers, ComputeThread())).served == "law@00112233"
+    with pytest.raises(UsageError, match=r"'mine\.safetensors' is a file"):
+        await find_added("mine.safetensors", config, offers, ComputeThread())

@@ -1,6 +1,7 @@
 """Remote blocks as a torch module: gradients are those of the same function held locally."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ class Inline:
 
     def __init__(self):
         self.value = self
+        self.checkpoint = SimpleNamespace(config=SimpleNamespace(hidden_size=H))
         self.session = Held()
 
     def open_training(self, report):
@@ -288,6 +290,13 @@ def test_what_does_not_fit_is_said():
     ):
         with pytest.raises(UsageError):
             blocks(hidden, mask)
+    assert not blocks.session.value.told
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0, 1, 1]])])
+def test_a_size_that_is_not_the_models_is_told_as_it_was_given(mask):
+    with pytest.raises(UsageError, match=r"shape \(1, 3, 7\) are not the model's.*tokens, 6\]"):
+        RemoteBlocks(Inline())(numbers(1, 3, 7), mask)
 
 
 @pytest.fixture

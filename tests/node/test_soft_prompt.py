@@ -132,7 +132,8 @@ async def test_the_context_has_room_for_both(path):
         most = session.max_positions - len(PROMPT)
         with pytest.raises(UsageError, match="context"):
             session.generate_batch([[5] * 3, [5] * most])
-        with pytest.raises(UsageError, match="context"):
+        told = rf"makes {session.max_positions} tokens, {len(PROMPT)} of them the adapter's, but"
+        with pytest.raises(UsageError, match=told):
             session.generate([5] * most)
         generation = session.generate([5] * (most - 2), GenerateOptions(NEW))
         assert len(await tokens_of(generation)) == 2

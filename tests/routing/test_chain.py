@@ -178,6 +178,18 @@ def test_no_route_names_the_blocks(
     assert caught.value.cause == words
 
 
+def test_a_remedy_for_an_adapter_that_part_of_the_chain_lacks() -> None:
+    swarm = [record("p", 0, 3, adapters=("law@1",)), record("q", 3, 6)]
+    with pytest.raises(NoRoute) as caught:
+        find(swarm, 6, workload=Workload(adapters=("law@1",)))
+    assert caught.value.missing == (3, 4, 5)
+    assert caught.value.cause.endswith("; of q: it lacks adapter law@1.")
+    assert caught.value.remedy.startswith("Offer it there with `petalnode run --adapter`")
+    with pytest.raises(NoRoute) as caught:  # with the adapter it would not do either
+        find(swarm, 6, workload=Workload(adapters=("law@1",), context=1 << 40))
+    assert caught.value.remedy.startswith("Start a node")
+
+
 def test_a_lost_range_is_replaced_next_to_its_neighbours() -> None:
     near = {"s": 0.002, "r": 0.002, "far": 0.2}
     far = {"s": 0.2, "r": 0.2, "near1": 0.2, "near2": 0.2}
