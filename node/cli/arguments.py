@@ -100,7 +100,7 @@ def _generate(verb: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default 1: none")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--num-beams", type=positive, default=1, metavar="N", help="beam search; 1: none")
-    add("--adapter", default="", metavar="ID", help=ADAPTER_HELP)
+    add("--adapter", action=Once, default="", metavar="ID", help=ADAPTER_HELP)
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeats")
     add("--dtype", default="auto", choices=DTYPES, help="of embeddings and head")
     _add_checkpoint(verb)
@@ -121,8 +121,8 @@ def _tune(verb: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="FILE", help=DATA_HELP)
     add("--eval", metavar="FILE", help="JSON lines to take a validation loss of")
     add("--method", default="lora", choices=METHODS, help="what is trained (default lora)")
-    add("--prompt-tokens", type=positive, default=16, metavar="N", help="of a prompt; default 16")
-    add("--rank", type=positive, default=8, metavar="N", help="of LoRA's matrices; default 8")
+    add("--prompt-tokens", type=positive, metavar="N", help="of a prompt; default 16")
+    add("--rank", type=positive, metavar="N", help="of LoRA's matrices; default 8")
     add("--target", action="append", default=[], metavar="NAME", help=TARGET_HELP)
     add("--steps", type=positive, default=100, metavar="N", help="of the optimizer; default 100")
     add("--batch-size", type=positive, default=8, metavar="N", help="examples a step; default 8")
@@ -173,6 +173,24 @@ def refuse_unbuilt(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name, harmless) != harmless:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} is not built yet.", "Leave it out.")
+
+
+class Once(argparse.Action):
+    """Keeps a value, and refuses another: for a flag that repeats elsewhere."""
+
+    given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.given:
+            raise argparse.ArgumentError(self, "can be given only once here")
+        self.given = True
+        setattr(namespace, self.dest, values)
 
 
 def block_range(text: str) -> tuple[int, int]:

@@ -5,9 +5,11 @@ The first interrupt saves the last step and leaves; a second one does not wait f
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,10 @@ from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 if TYPE_CHECKING:
     from petalnode.training.data import Dataset
     from petalnode.training.tuner import TuneOptions
-    from petalnode.training.tuning_run import TuneJob
+    from petalnode.training.tuning_run import TuneJob, Validating
 
 SAID_EVERY = 10
-"""Steps; where there is no terminal to show each."""
+"""Steps, or batches of a validation; where there is no terminal to show each."""
 READ_SHOWN_BYTES = 1 << 20
 """How much more of a file is read when that is shown again."""
 
@@ -95,14 +97,31 @@ def options_of(arguments: Namespace) -> TuneOptions:
 
     return TuneOptions(
         method=arguments.method,
-        prompt_tokens=arguments.prompt_tokens,
-        rank=arguments.rank,
+        **sizes_of(arguments),
         targets=tuple(arguments.target),
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         learning_rate=arguments.lr,
         seed=arguments.seed,
     )
+
+
+def sizes_of(arguments: Namespace) -> dict[str, int]:
+    """How large what the method trains is, where that is asked for. Raises ``UsageError`` for the
+    size of what another method trains."""
+    sizes = {"prompt_tokens": arguments.prompt_tokens, "rank": arguments.rank}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if arguments.method == "lora" and "prompt_tokens" in given:
+        raise UsageError(
+            "The method lora trains no prompt, so that --prompt-tokens says nothing.",
+            "Leave it out, or choose --method prompt or deep-prompt.",
+        )
+    if arguments.method != "lora" and "rank" in given:
+        raise UsageError(
+            f"The method {arguments.method} trains no matrices, so that --rank says nothing.",
+            "Leave it out, or choose --method lora.",
+        )
+    return given
 
 
 def read_data(path: Path, read: Callable[..., Dataset], report: Reporter) -> Dataset:
@@ -127,7 +146,7 @@ async def train(job: TuneJob, arguments: Namespace, report: Report) -> None:
 
     options = NodeOptions(join=tuple(arguments.join), dtype=arguments.dtype)
     done = False
-    with trio.open_signal_receiver(*asking_to_end()) as signals:
+    with trio.open_signal_receiver(*asking_to_end(), *hanging_up()) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, signals, nursery.cancel_scope)
             async with (
@@ -142,8 +161,15 @@ async def train(job: TuneJob, arguments: Namespace, report: Report) -> None:
         raise KeyboardInterrupt
 
 
+def hanging_up() -> tuple[signal.Signals, ...]:
+    """SIGHUP, which a terminal sends when it closes, unless nohup had it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return () if ignored else (signal.SIGHUP,)
+
+
 async def stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    """The first signal cancels the scope; one more kills the process."""
+    """The first signal cancels the scope; one more kills the process. But not one more SIGHUP: a
+    terminal that closes may send two."""
     async for _ in signals:
         scope.cancel()
         kill_from_now_on()
@@ -154,6 +180,8 @@ class Reporter:
     """JSON or sentences; a progress line where there is a terminal."""
 
     def __init__(self, arguments: Namespace) -> None:
+        from petalnode.training.tuning_run import Validating
+
         self.progress = ProgressLine()
         self._json, self._others = arguments.json, reporter(arguments.json)
         self._arguments = arguments
@@ -162,11 +190,14 @@ class Reporter:
             events.TuningResumed: self._resumed,
             events.TuningStep: self._step,
             events.TuningEval: self._eval,
+            Validating: self._validating,
             events.TuningSaved: self._saved,
             events.TuningDone: self._done,
         }
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, events.Waiting):
+            event = replace(event, for_s=round(event.for_s, 1))
         if self._json:
             self._others(event)
         elif (say := self._sentences.get(type(event))) is not None:
@@ -209,14 +240,23 @@ class Reporter:
         self._say(f"going on after step {event.step} of {event.dir}")
 
     def _step(self, event: events.TuningStep) -> None:
-        filled = BAR_WIDTH * event.step // event.steps
-        bar = "█" * filled + "░" * (BAR_WIDTH - filled)
         text = (
             f"step {event.step}/{event.steps}: loss {event.loss:.3f}, "
             f"{event.tokens_per_s:,.0f} tokens/s, {duration(event.seconds_left)} left"
         )
-        self.progress.show(f"{bar} {text}", last=event.step == event.steps)
-        if not sys.stderr.isatty() and event.step % SAID_EVERY == 0:
+        self._far(event.step, event.steps, text, event.step % SAID_EVERY == 0)
+
+    def _validating(self, event: Validating) -> None:
+        text = f"step {event.step}: validation, {event.done:,} of {amount(event.total, 'example')}"
+        often = SAID_EVERY * self._arguments.batch_size
+        self._far(event.done, event.total, text, event.done % often == 0)
+
+    def _far(self, done: int, total: int, text: str, now: bool) -> None:
+        """Show how far it is; where there is no terminal, if it is time to say so."""
+        filled = BAR_WIDTH * done // total
+        bar = "█" * filled + "░" * (BAR_WIDTH - filled)
+        self.progress.show(f"{bar} {text}", last=done == total)
+        if now and not sys.stderr.isatty():
             note(text)
 
     def _eval(self, event: events.TuningEval) -> None:

@@ -4,19 +4,22 @@ The directory has the adapter's two files and ``training_state.safetensors``: pa
 means, and as JSON in its header how far the run is and what it is a run of. A run draws random
 numbers at its beginning alone and finds its data by the number of the step, so that no generator's
 state is kept. All files are written aside and then renamed: whoever reads, also after a crash or on
-a full disk, finds whole files, the state being that of one step.
+a full disk, finds whole files. The state is the first that has its name, and what lies beside it
+may be of the save before, or missing: a run that is taken up again writes the adapter anew.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +50,14 @@ DIGESTS = ("model", "data")
 class Progress:
     """How far a run is. ``settings`` decide it: options, fingerprints of model and data.
 
-    ``started``: the time of its beginning in ISO format, the date that chat templates see. The
-    losses are those of the last step, and of the last evaluation, which was after ``eval_step``.
+    ``started``: the time of its beginning in ISO format, the date that chat templates see.
+    ``loss``: of the last step.
     """
 
     settings: Mapping[str, Any]
     started: str
     step: int = 0
     loss: float | None = None
-    eval_loss: float | None = None
-    eval_step: int = -1
 
 
 def save_run(
@@ -80,8 +81,11 @@ def save_run(
             save_adapter(aside, adapter, config, base_model)
             for name in (STATE, WEIGHTS, CONFIG):
                 _to_disk(aside / name)
-            for name in (STATE, WEIGHTS, CONFIG):
+            os.replace(aside / STATE, directory / STATE)
+            _to_disk(directory)  # an adapter without its state could not be gone on with
+            for name in (WEIGHTS, CONFIG):
                 os.replace(aside / name, directory / name)
+            _to_disk(directory)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -97,18 +101,40 @@ def load_run(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get(KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            names = list(file.keys())
+            floats = all(file.get_slice(name).get_dtype() == "F32" for name in names)
+            tensors = {name: file.get_tensor(name) for name in names if floats}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise _damaged(path) from error
-    if not isinstance(said, dict) or said.pop("format", None) != FORMAT:
-        raise _damaged(path)
-    try:
-        progress = Progress(**said)
-    except TypeError as error:
-        raise _damaged(path) from error
-    if type(progress.step) is not int or not isinstance(progress.settings, dict):
+    progress = _progress(said)
+    if progress is None or not floats or not all(_usable(*one) for one in tensors.items()):
         raise _damaged(path)
     return progress, tensors
+
+
+def _progress(said: object) -> Progress | None:
+    """What a state's header says, unless it is none of ours."""
+    if not isinstance(said, dict) or said.pop("format", None) != FORMAT:
+        return None
+    try:
+        progress = Progress(**said)
+        datetime.fromisoformat(progress.started)
+    except (TypeError, ValueError):
+        return None
+    step, loss, settings = progress.step, progress.loss, progress.settings
+    if type(step) is not int or not isinstance(settings, dict):
+        return None
+    steps = settings.get("steps")
+    if type(steps) is not int or not 0 <= step <= steps:
+        return None
+    number = loss is None or (type(loss) is float and math.isfinite(loss))
+    return progress if number else None
+
+
+def _usable(name: str, tensor: Tensor) -> bool:
+    """Whether there is a way on from these numbers. The mean of squares has a root."""
+    least = 0.0 if name.startswith("exp_avg_sq.") else -math.inf
+    return bool(tensor.isfinite().all()) and bool((tensor >= least).all())
 
 
 def check_same_run(directory: Path, progress: Progress, settings: Mapping[str, Any]) -> None:
@@ -118,7 +144,7 @@ def check_same_run(directory: Path, progress: Progress, settings: Mapping[str, A
         if was == value:
             continue
         flag = FLAGS.get(name, "--" + name.replace("_", "-"))
-        values = "" if name in DIGESTS else f": {was}, not {value}"
+        values = "" if name in DIGESTS else f": {str(was)[:100]}, not {value}"
         raise UsageError(
             f"The training run in {directory} was begun with another {flag}{values}.",
             "Resume it as it was begun, or begin another in a new directory.",
@@ -131,10 +157,8 @@ def check_free(directory: Path) -> None:
         raise UsageError(f"{directory} is not a directory.", "Choose another --out.")
     for name in (STATE, CONFIG, WEIGHTS):
         if (directory / name).exists():
-            raise UsageError(
-                f"{directory} has a {name} already.",
-                "Go on with that run by --resume, or choose another --out.",
-            )
+            go_on = "Go on with that run by --resume, or choose" if name == STATE else "Choose"
+            raise UsageError(f"{directory} has a {name} already.", f"{go_on} another --out.")
 
 
 @contextmanager
@@ -142,15 +166,29 @@ def claimed(directory: Path) -> Iterator[None]:
     """Make the directory, and keep other runs out of it until the end of this one, or its death.
 
     The lock is the directory's own, so that it leaves no file; where the disk knows no locks,
-    nobody is kept out. Raises ``UsageError`` where another run is, or nothing can be saved.
+    nobody is kept out. What was made here and is empty in the end goes again. Raises
+    ``UsageError`` where another run is, or nothing can be saved.
     """
-    make_directory(directory)
-    descriptor = os.open(directory, os.O_RDONLY)
+    places = (directory, *directory.parents)
+    with _gone_if_empty([path for path in places if not os.path.exists(path)]):
+        make_directory(directory)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            _lock(descriptor, directory)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _gone_if_empty(made: Sequence[Path]) -> Iterator[None]:
+    """Remove directories, each within the next, up to the first that holds something."""
     try:
-        _lock(descriptor, directory)
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):
+            for directory in made:
+                directory.rmdir()
 
 
 def make_directory(directory: Path) -> None:
@@ -202,7 +240,7 @@ def _unsaved(directory: Path, error: Exception) -> PetalnodeError:
 
 
 def _to_disk(path: Path) -> None:
-    """Let a file's content be on the disk before its name is."""
+    """Let a file's content be on the disk before its name is, or a directory's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

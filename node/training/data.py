@@ -10,13 +10,14 @@ import hashlib
 import json
 import random
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from petalnode.errors import UsageError
-from petalnode.training.encoding import Encoder, Row, Unusable
+from petalnode.training.encoding import Encoder, Row, Unusable, json_name
 
 MAX_LINE_BYTES = 1 << 24
 """Of a file of JSON lines. A longer one is no example, but another format or a torn file."""
@@ -29,9 +30,9 @@ Reading = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The rows of a file, in its order. ``cut``: how many were shortened to the context;
-    ``dropped``: how many had nothing left to learn from then; ``digest`` tells whether two data
-    sets are the same tokens."""
+    """The rows of a file, in its order. ``cut``: how many of them were shortened to the context;
+    ``dropped``: how many more had nothing left to learn from then; ``digest`` tells whether two
+    data sets are the same tokens."""
 
     rows: Sequence[Row]
     cut: int
@@ -61,18 +62,25 @@ def read_dataset(
         except Unusable as error:
             raise bad_line(path, number, error.why) from error
         row = shortened(whole, max_tokens)
-        cut += len(row.ids) < len(whole.ids)
         if any(row.learned):
+            cut += len(whole.ids) > max_tokens
             digest.update(len(row.ids).to_bytes(8, "little") + row.ids.tobytes() + row.learned)
             rows.append(row)
         else:
             dropped += 1
     if not rows:
-        raise UsageError(
-            f"{path} has {'nothing to learn within the context' if dropped else 'no examples'}.",
-            f"Give one JSON object a line, with {KINDS_IN_WORDS}.",
-        )
+        raise _nothing_in(path, dropped, max_tokens)
     return Dataset(rows, cut, dropped, digest.hexdigest()[:32])
+
+
+def _nothing_in(path: Path, dropped: int, max_tokens: int) -> UsageError:
+    if not dropped:
+        how = f"Give one JSON object a line, with {KINDS_IN_WORDS}."
+        return UsageError(f"{path} has no examples.", how)
+    return UsageError(
+        f"{path} has nothing to learn within the context: the prompts alone fill it.",
+        f"Shorten them, so that prompt and answer have {max_tokens} tokens at most.",
+    )
 
 
 def shortened(row: Row, max_tokens: int) -> Row:
@@ -152,16 +160,25 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise bad_line(path, number, f"byte {error.start + 1} is not UTF-8") from error
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
+    except Unusable as error:
+        raise bad_line(path, number, error.why) from None
     except RecursionError:
         raise bad_line(path, number, "it is nested too deeply") from None
     except ValueError as error:
-        torn = not line.endswith(b"\n")
-        why = "the file ends within it: it is torn" if torn else f"it is not JSON ({_where(error)})"
-        raise bad_line(path, number, why) from error
+        raise bad_line(path, number, _why_not_json(text, error)) from error
     if not isinstance(value, dict):
-        raise bad_line(path, number, f"it is a JSON {_json_name(value)}, not an object")
+        raise bad_line(path, number, f"it is a JSON {json_name(value)}, not an object")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; two of one key would hide what the first says."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise Unusable(f"it has the key {json.dumps(twice[:100])} twice in one object")
+    return found
 
 
 def _kind(path: Path, number: int, example: dict[str, Any]) -> tuple[str, ...]:
@@ -173,7 +190,7 @@ def _kind(path: Path, number: int, example: dict[str, Any]) -> tuple[str, ...]:
         raise bad_line(path, number, f"it must have {KINDS_IN_WORDS}, and has {has}")
     for key in kinds[0]:
         if key != "messages" and not isinstance(example[key], str):
-            raise bad_line(path, number, f'"{key}" is a JSON {_json_name(example[key])}, no text')
+            raise bad_line(path, number, f'"{key}" is a JSON {json_name(example[key])}, no text')
     return kinds[0]
 
 
@@ -182,16 +199,30 @@ def bad_line(path: Path, number: int, why: str) -> UsageError:
     return UsageError(f"{path}, line {number}: {why}.", "Mend or remove that line.")
 
 
-def _where(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "a number in it is too long"
+def _why_not_json(text: str, error: ValueError) -> str:
+    """What is wrong with a line, named by what most likely made it so."""
+    if not isinstance(error, json.JSONDecodeError):
+        return "it is not JSON (a number in it is too long)"
+    if "\0" in text:
+        return f"it has a NUL at column {text.index(chr(0)) + 1}, as a torn or a binary file has"
+    if error.msg == "Extra data":
+        if "\r" in text[: error.pos]:
+            return "carriage returns alone end its lines; they must end with line feeds"
+        return f"it goes on behind its object, at column {error.pos + 1}: one object a line"
+    if not text.endswith("\n") and _ends_within(text, error):
+        return "the file ends within it: it is torn"
+    return f"it is not JSON ({error.msg.removesuffix(' at')} at column {error.pos + 1})"
+
+
+def _ends_within(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether more text might have made JSON of it."""
+    rest = text[error.pos :].strip()
+    if error.msg.startswith("Invalid \\uXXXX"):
+        return len(rest) < len("uXXXX") and '"' not in rest
+    if error.msg == "Expecting value":
+        return any(whole.startswith(rest) for whole in ("true", "false", "null", "-"))
+    return not rest or error.msg.startswith("Unterminated string")
 
 
 def _words(keys: Sequence[str]) -> str:
     return " and ".join(f'"{key}"' for key in keys)
-
-
-def _json_name(value: object) -> str:
-    names = {list: "array", dict: "object", str: "text", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")

@@ -74,6 +74,8 @@ class Encoder:
         if any(not 0 <= token < self._vocab for token in writing.ids):
             raise Unusable("its tokens are not all in the model's vocabulary")
         writing.learned[0] = 0  # nothing precedes it that could foretell it
+        if not any(writing.learned):
+            raise Unusable("it is one token, which nothing precedes that could foretell it")
         return Row(array("i", writing.ids), bytes(writing.learned))
 
     def _text(self, text: str) -> _Writing:
@@ -164,8 +166,24 @@ def _checked_messages(messages: object) -> list[Mapping[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Unusable(f'message {number} is not an object with a "role"')
-        if "content" not in message and "tool_calls" not in message:
-            raise Unusable(f'message {number} has no "content"')
+        _check_content(number, message)
     if not any(message["role"] == ASSISTANT for message in messages):
         raise Unusable("no message of it is the assistant's, so that there is nothing to learn")
     return messages
+
+
+def _check_content(number: int, message: Mapping[str, Any]) -> None:
+    """Templates write down whatever they get: a list as Python shows it, null as "None"."""
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return
+    if "content" not in message:
+        raise Unusable(f'message {number} has no "content"')
+    if not isinstance(content, str):
+        raise Unusable(f'"content" of message {number} is a JSON {json_name(content)}, no text')
+
+
+def json_name(value: object) -> str:
+    """What JSON calls a value's type."""
+    names = {list: "array", dict: "object", str: "text", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")

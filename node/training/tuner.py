@@ -9,7 +9,7 @@ Gradients longer than 1 are shortened to 1. No dropout: a step draws no random n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,6 +42,9 @@ LONGEST_GRADIENT = 1.0
 WEIGHT_DECAY = 0.01
 ALPHA = 2
 """LoRA's alpha, in ranks: the matrices' product counts twice."""
+
+Hearing = Callable[[int, int], None]
+"""Hears how many rows are computed, and how many there are."""
 
 
 class Training(Protocol):
@@ -209,7 +212,9 @@ class Tuner:
         await self._compute.run(partial(self._update, batch, grad_in, grads))
         return StepResult(loss, sum(batch.lengths))
 
-    async def evaluate(self, rows: Sequence[Row], kind: str = "validation") -> float:
+    async def evaluate(
+        self, rows: Sequence[Row], kind: str = "validation", hear: Hearing | None = None
+    ) -> float:
         """The mean loss over the learned tokens of all rows, some at a time; ``kind`` is what an
         error calls it. Raises as ``step``."""
         what = f"{kind} loss after step {self.done}"
@@ -223,6 +228,8 @@ class Tuner:
                 )
             total += await self._compute.run(partial(summed_loss, self._client, batch, output))
             tokens += len(batch.targets_L)
+            if hear is not None:
+                hear(min(first + size, len(rows)), len(rows))
         _check(total, what)
         self._before = None
         return total / tokens

@@ -5,7 +5,8 @@
 
 Saved is only what can go on: a step after which a forward pass, of the validation or else of the
 next batch, gave a finite loss. A run that is cancelled, or loses its swarm, saves the last such
-step first: where it was cut in a forward pass, the step before the last.
+step first: where it was cut in a forward pass, the step before the last. A run that is taken up
+again is saved at once: whatever ended it may have left another step's adapter beside its state.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from petalnode.compute import Compute
 from petalnode.errors import PetalnodeError, UsageError
 from petalnode.events import (
+    Event,
     Report,
     TuningDone,
     TuningEval,
@@ -46,6 +48,16 @@ from petalnode.training.data import Dataset, Reading, Shuffle, read_dataset
 from petalnode.training.encoding import Encoder, Row
 from petalnode.training.protocol import MAX_MICRO_TOKENS
 from petalnode.training.tuner import StepFailed, Training, TuneOptions, Tuner, new_parameters
+
+
+@dataclass(frozen=True)
+class Validating(Event):
+    """``done`` of ``total`` examples have their share in the validation after ``step``."""
+
+    event = "validating"
+    step: int
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +141,8 @@ async def tune(
 ) -> TuningDone:
     """Train to the last step, and return the event that says how it ended.
 
-    Raises what ``Tuner.step`` raises: after all but ``StepFailed`` the last step that can go on is
-    saved first, as it is when this is cancelled.
+    Raises what ``Tuner.step`` and ``report`` raise: after all but ``StepFailed`` the last step that
+    can go on is saved first, as it is when this is cancelled.
     """
     tuner = await compute.run(partial(_begin, job, training, client, compute))
     run = _Run(job, tuner, compute, report)
@@ -138,13 +150,21 @@ async def tune(
         await run.go()
     except StepFailed:
         raise  # the parameters may be on their way to nowhere: what was saved is better
-    except (PetalnodeError, trio.Cancelled):
+    except (PetalnodeError, OSError, trio.Cancelled) as error:  # OSError: nobody hears the report
         with trio.CancelScope(shield=True):
             await run.leave()
+        if isinstance(error, PetalnodeError):
+            _tell_the_way_on(error, run.saved)
         raise
-    done = TuningDone(run.progress.loss, run.progress.eval_loss, tuner.done)
+    done = TuningDone(run.progress.loss, run.eval_loss, tuner.done)
     report(done)
     return done
+
+
+def _tell_the_way_on(error: PetalnodeError, saved: int) -> None:
+    """Let the remedy of what ended a run name the step that is saved of it, if one is."""
+    if saved and "--resume" not in error.remedy:
+        error.remedy = f"{error.remedy} Then --resume goes on after step {saved}.".lstrip()
 
 
 def _begin(job: TuneJob, training: Training, client: ClientParts, compute: Compute) -> Tuner:
@@ -158,7 +178,8 @@ def _begin(job: TuneJob, training: Training, client: ClientParts, compute: Compu
 
 
 class _Run:
-    """A run under way. ``progress`` is that of the last step."""
+    """A run under way. ``progress`` is that of the last step, ``eval_loss`` of the last validation;
+    ``saved`` is the step that is on the disk, 0 where none is."""
 
     def __init__(self, job: TuneJob, tuner: Tuner, compute: Compute, report: Report) -> None:
         self._job, self._tuner, self._compute, self._report = job, tuner, compute, report
@@ -166,22 +187,30 @@ class _Run:
         started = job.started or datetime.now().isoformat()
         self.progress = job.saved[0] if job.saved else Progress(job.settings(), started)
         self._previous = self.progress
-        self._saved = self._first = tuner.done
+        self.eval_loss: float | None = None
+        self.saved = self._first = tuner.done
         self._began = 0.0
 
     async def go(self) -> None:
         """All steps that are missing, and the evaluations that are due."""
         if self._job.saved is not None:
             self._report(TuningResumed(str(self._job.out), self._tuner.done))
+            await self._save_anew()
         while True:
             last = self._tuner.done >= self._job.options.steps
-            if last or self._tuner.done % self._job.save_every == 0:
+            if last or self._due():
                 await self._evaluate()
                 await self._look_ahead()
                 await self.save()
             if last:
                 return
             await self._step()
+
+    def _due(self) -> bool:
+        """Whether a validation and a save are due before the next step. The last step of a run that
+        was taken up again had both."""
+        seen = self._job.saved is not None and self._tuner.done == self._first
+        return self._tuner.done % self._job.save_every == 0 and not seen
 
     async def leave(self) -> None:
         """Save the last step that can go on."""
@@ -192,10 +221,14 @@ class _Run:
 
     async def save(self) -> None:
         """Save the last step, if it is not."""
-        if self._job.out is None or self._saved == self._tuner.done:
+        if self.saved != self._tuner.done:
+            await self._save_anew()
+
+    async def _save_anew(self) -> None:
+        if self._job.out is None:
             return
         await self._compute.run(partial(self._write, self._job.out))
-        self._saved = self._tuner.done
+        self.saved = self._tuner.done
         self._report(TuningSaved(str(self._job.out), self._tuner.done))
 
     def _write(self, out: Path) -> None:
@@ -233,14 +266,17 @@ class _Run:
 
     async def _look_ahead(self) -> None:
         """Where there was no validation: see that what is to be saved can go on."""
-        unknown = self._tuner.done > self._saved and self._job.evaluation is None
+        unknown = self._tuner.done > self.saved and self._job.evaluation is None
         if unknown and self._job.out is not None:
             await self._tuner.evaluate(self._next_rows(), kind="training")
 
     async def _evaluate(self) -> None:
         done = self._tuner.done
-        if self._job.evaluation is None or self.progress.eval_step == done:
+        if self._job.evaluation is None:
             return
-        loss = await self._tuner.evaluate(self._job.evaluation.rows)
-        self.progress = replace(self.progress, eval_loss=loss, eval_step=done)
-        self._report(TuningEval(done, loss))
+        hear = partial(self._hear, done)
+        self.eval_loss = await self._tuner.evaluate(self._job.evaluation.rows, hear=hear)
+        self._report(TuningEval(done, self.eval_loss))
+
+    def _hear(self, step: int, done: int, total: int) -> None:
+        self._report(Validating(step, done, total))

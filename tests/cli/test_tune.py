@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from threading import Timer
 
@@ -12,7 +13,7 @@ import pytest
 from petalnode.cli import tune
 from petalnode.cli.arguments import build_parser, parse_arguments
 from petalnode.cli.main import main
-from petalnode.cli.tune import Reporter, duration
+from petalnode.cli.tune import Reporter, duration, hanging_up
 from petalnode.events import (
     Draining,
     HopLost,
@@ -21,8 +22,10 @@ from petalnode.events import (
     TuningDone,
     TuningEval,
     TuningStep,
+    Waiting,
 )
 from petalnode.training.checkpoints import claimed
+from petalnode.training.tuning_run import Validating
 
 from .test_processes import DEADLINE_S, command, environment, serving
 
@@ -53,7 +56,7 @@ def data(tmp_path):
 
 def tuning(swarm, data, out, *flags):
     small = ["--steps", "12", "--batch-size", "2", "--save-every", "4", "--lr", "0.01"]
-    small += ["--rank", "2", "--prompt-tokens", "4"]
+    small += ["--rank", "2"]
     files = ["--data", str(data), "--eval", str(data), "--out", str(out)]
     return ["tune", "demo", "--join", swarm["invite"], "--json", *files, *small, *flags]
 
@@ -109,6 +112,11 @@ def test_a_run_an_interrupted_one_a_killed_one(swarm, environment, data, tmp_pat
     assert code == -signal.SIGKILL
     at = of(events, "resumed")[0]["step"]
     assert of(events, "step")[0]["loss"] == losses[at]
+    verb = tuning(swarm, data, out, "--resume", *seldom)
+    events, code = stopped_at(verb, environment, 10, signal.SIGHUP)
+    assert code == 130
+    assert of(events, "resumed")[0]["step"] == 8
+    assert of(events, "saved")[-1]["step"] >= 9
     rest = finished(capsys, tuning(swarm, data, out, "--resume"))
     at = of(rest, "resumed")[0]["step"]
     assert [event["loss"] for event in of(rest, "step")] == losses[at:]
@@ -145,6 +153,10 @@ def test_bad_input_before_anybody_is_asked(capsys, data, tmp_path):
     prompt = ["--method", "prompt"]
     assert "nothing to target" in fails(capsys, *verb, *prompt, "--target", "q_proj")
     assert "no room" in fails(capsys, *verb, *prompt, "--prompt-tokens", "2048")
+    for method in ("prompt", "deep-prompt"):
+        said = fails(capsys, *verb, "--method", method, "--rank", "8")
+        assert f"The method {method} trains no matrices" in said
+    assert "lora trains no prompt" in fails(capsys, *verb, "--prompt-tokens", "16")
     assert "gone.jsonl" in fails(capsys, *verb, "--eval", str(tmp_path / "gone.jsonl"))
     with data.open("a") as file:
         file.write('{"text": "torn')
@@ -207,6 +219,51 @@ def test_sentences_of_one(capsys):
         "moving from blocks 0:2 to blocks 2:4, which the swarm needs more, once 1 session has "
         "ended",
     ]
+
+
+def test_a_validation_is_shown_as_steps_are(capsys, monkeypatch):
+    verb = ["tune", "demo", "--data", "x", "--out", "y", "--batch-size", "2"]
+    report = Reporter(parse_arguments(verb, {}))
+    for done in (*range(2, 60, 2), 59):
+        report(Validating(25, done, 59))
+    said = [f"step 25: validation, {done} of 59 examples" for done in (20, 40)]
+    assert capsys.readouterr().err.splitlines() == said
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    report(Validating(25, 12, 1000))
+    report(TuningEval(25, 3.25))
+    said = f"\r{'░' * 24} step 25: validation, 12 of 1,000 examples\x1b[K"
+    assert capsys.readouterr().err == f"{said}\nstep 25: validation loss 3.2500\n"
+    report = Reporter(parse_arguments([*verb, "--json"], {}))
+    report(Validating(25, 12, 59))
+    said = {"event": "validating", "step": 25, "done": 12, "total": 59}
+    assert json.loads(capsys.readouterr().out) == said
+
+
+def test_a_wait_is_told_to_a_tenth_of_a_second(capsys):
+    report = Reporter(parse_arguments(["tune", "demo", "--data", "x", "--out", "y", "--json"], {}))
+    report(Waiting("Nobody serves block 2.", 99.98765))
+    assert json.loads(capsys.readouterr().out)["for_s"] == 100.0
+    report(Waiting("Nobody serves block 2.", 12.3456))
+    assert json.loads(capsys.readouterr().out)["for_s"] == 12.3
+
+
+def test_what_was_made_for_nothing_goes_again(capsys, data, tmp_path):
+    """Nobody listens at that address."""
+    out = tmp_path / "new" / "out"
+    verb = ["tune", "demo", "--join", PEER, "--data", str(data), "--out", str(out)]
+    assert main(verb) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+def test_a_terminal_that_closes_ends_it_as_a_signal_does():
+    heard = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert hanging_up() == (signal.SIGHUP,)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert hanging_up() == ()
+    finally:
+        signal.signal(signal.SIGHUP, heard)
 
 
 def test_a_hop_that_is_lost_is_told(capsys):

@@ -94,7 +94,7 @@ def test_long_rows_are_cut_and_those_without_anything_to_learn_then_are_dropped(
         {"prompt": "fox " * 30, "completion": "fox"},
     ]
     data = dataset(tmp_path, rows, max_tokens=16)
-    assert ([len(row.ids) for row in data.rows], data.cut, data.dropped) == ([16], 2, 1)
+    assert ([len(row.ids) for row in data.rows], data.cut, data.dropped) == ([16], 1, 1)
     assert data.tokens == 16
     assert data.learned < 16
 
@@ -152,6 +152,20 @@ def test_blank_lines_a_byte_order_mark_and_no_last_line_end(tmp_path):
         (b'{"messages": []}\n', "not a list of messages"),
         (b'{"messages": ["hi"]}\n', "message 1 is not an object"),
         (b'{"messages": [{"role": "user"}]}\n', 'message 1 has no "content"'),
+        (b'{"text": "a", "text": "b"}\n', 'line 1: it has the key "text" twice in one object'),
+        (b'{"text": "a", "x": [{"y": 1, "y": 1}]}\n', 'it has the key "y" twice'),
+        (b'{"text": "a"}\r{"text": "b"}\r', "line 1: carriage returns alone end its lines"),
+        (b'{"text": "a"} {"text": "b"}', "line 1: it goes on behind its object, at column 15"),
+        (b'{"text": "a"} {"text": "b"}\r\n', "line 1: it goes on behind its object, at column 15"),
+        (b'{"text": "a"}\n\0\0\0', "line 2: it has a NUL at column 1"),
+        (b"{'text': 'a'}", "line 1: it is not JSON (Expecting property name"),
+        (b'{"text": "a\tb"}', "line 1: it is not JSON (Invalid control character at column 12)"),
+        (b'{"text": "\\u12"}', "line 1: it is not JSON (Invalid"),
+        (b'{"text": "\\u"}', "line 1: it is not JSON (Invalid"),
+        (b'{"text": "a"}t', "line 1: it goes on behind its object, at column 14"),
+        (b'{"text": "a" t', "line 1: it is not JSON (Expecting ',' delimiter at column 14)"),
+        (b'{"text": nil', "line 1: it is not JSON (Expecting value at column 10)"),
+        (b'{"text":\n', "line 1: it is not JSON (Expecting value at column"),
         (b'{"messages": [{"role": "user", "content": "a"}]}\n', "no message of it is the assist"),
         (b"", "has no examples"),
         (b"\n \n", "has no examples"),
@@ -165,9 +179,72 @@ def test_bad_files_get_a_sentence_that_names_the_line(tmp_path, content, said):
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    "end",
+    ["", "{", '{"text', '{"text"', '{"text": ', '{"text": "a', '{"text": "\\', '{"text": "a"'],
+)
+def test_a_last_line_that_could_go_on_is_torn(tmp_path, end):
+    lines = b'{"text": "a"}\n' + end.encode()
+    if not end:
+        assert len(dataset(tmp_path, lines).rows) == 1
+        return
+    with pytest.raises(UsageError, match="line 2: the file ends within it: it is torn"):
+        dataset(tmp_path, lines)
+
+
+@pytest.mark.parametrize(
+    "end", ['{"text": "\\u12', '{"text": "a", "x": tru', '{"text": "a", "x": -']
+)
+def test_torn_within_a_word_or_an_escape(tmp_path, end):
+    with pytest.raises(UsageError, match="line 1: the file ends within it: it is torn"):
+        dataset(tmp_path, end)
+
+
 def test_rows_that_are_all_dropped_are_nothing_to_learn_from(tmp_path):
-    with pytest.raises(UsageError, match="nothing to learn within the context"):
+    with pytest.raises(UsageError, match="nothing to learn within the context") as caught:
         dataset(tmp_path, [{"prompt": "fox " * 30, "completion": "a"}], max_tokens=8)
+    assert caught.value.remedy == "Shorten them, so that prompt and answer have 8 tokens at most."
+
+
+def test_a_token_without_another_before_it_is_not_dropped_as_too_long(tmp_path):
+    endless = SimpleNamespace(**{**vars(CONFIG), "eos_ids": ()})
+    tokenizer = Tokenizer(tiny_tokenizer(), {}, endless)
+    chat = "{{ messages[-1].content }}"
+    turns = [{"role": "assistant", "content": "a"}]
+    assert len(tokenizer.encode("a", add_special=False)) == 1
+    with pytest.raises(UsageError, match="line 1: it is one token"):
+        dataset(tmp_path, [{"messages": turns}], template=chat, config=endless)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"content": None}, "null"),
+        ({"content": None, "tool_calls": []}, "null"),
+        ({"content": 5}, "number"),
+        ({"content": [{"type": "text", "text": "a"}]}, "array"),
+        ({"content": {"text": "a"}, "tool_calls": [{}]}, "object"),
+        ({"content": True}, "boolean"),
+    ],
+)
+def test_what_is_said_is_text(tmp_path, message, said):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", **message}]
+    whole = f'line 2: "content" of message 2 is a JSON {said}, no text'
+    good = {"messages": [{"role": role, "content": ""} for role in ("user", "assistant")]}
+    with pytest.raises(UsageError, match=whole):
+        dataset(tmp_path, [good, {"messages": messages}])
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_who_calls_a_tool_need_not_say_anything(tmp_path, content):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or m.tool_calls[0].name }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"name": "fox"}], **content}
+    messages = [{"role": "user", "content": "a"}, call]
+    (row,) = dataset(tmp_path, [{"messages": messages}], template=template).rows
+    assert shown(row) == ["[user]a[assistant]fox", "fox"]
 
 
 def test_what_a_template_refuses_or_lacks_names_the_line(tmp_path):
