@@ -134,6 +134,10 @@ class Waiting(Event):
     why: str
     for_s: float
 
+    def to_json(self) -> dict[str, Any]:
+        """See ``Event.to_json``; to a tenth of a second."""
+        return super().to_json() | {"for_s": round(self.for_s, 1)}
+
 
 @dataclass(frozen=True)
 class HopInfo:
@@ -290,6 +294,16 @@ class TuningStep(Event):
 
 
 @dataclass(frozen=True)
+class TuningValidating(Event):
+    """``done`` of ``total`` examples have their share in the validation after ``step``."""
+
+    event = "validating"
+    step: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class TuningEval(Event):
     """The validation loss after ``step``, nats a token; 0 is before the first."""
 
@@ -309,7 +323,8 @@ class TuningSaved(Event):
 
 @dataclass(frozen=True)
 class TuningDone(Event):
-    """All steps are done. ``loss``: of the last batch; ``eval_loss``: the last validation loss."""
+    """All steps are done. ``loss``: of the last batch; ``eval_loss``: the validation loss
+    after the last step, of the file given now; None without one."""
 
     event = "done"
     loss: float | None

@@ -1,5 +1,6 @@
 """Shared by all tests: one torch thread, so that results do not depend on the machine's cores, no
-deadlines for hypothesis, because they would time the machine, and what workers share out."""
+deadlines for hypothesis, because they would time the machine, a cache of its own, and what workers
+share out."""
 
 import hypothesis
 import pytest
@@ -12,6 +13,14 @@ __all__ = ["tiny_checkpoint"]
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("petalnode", deadline=None)
 hypothesis.settings.load_profile("petalnode")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Digests of files that tests make are not remembered in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,7 +9,6 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from petalnode.models.checkpoint import Checkpoint, open_checkpoint
 if TYPE_CHECKING:
     from petalnode.training.data import Dataset
     from petalnode.training.tuner import TuneOptions
-    from petalnode.training.tuning_run import TuneJob, Validating
+    from petalnode.training.tuning_run import TuneJob
 
 SAID_EVERY = 10
 """Steps, or batches of a validation; where there is no terminal to show each."""
@@ -180,8 +179,6 @@ class Reporter:
     """JSON or sentences; a progress line where there is a terminal."""
 
     def __init__(self, arguments: Namespace) -> None:
-        from petalnode.training.tuning_run import Validating
-
         self.progress = ProgressLine()
         self._json, self._others = arguments.json, reporter(arguments.json)
         self._arguments = arguments
@@ -190,14 +187,12 @@ class Reporter:
             events.TuningResumed: self._resumed,
             events.TuningStep: self._step,
             events.TuningEval: self._eval,
-            Validating: self._validating,
+            events.TuningValidating: self._validating,
             events.TuningSaved: self._saved,
             events.TuningDone: self._done,
         }
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, events.Waiting):
-            event = replace(event, for_s=round(event.for_s, 1))
         if self._json:
             self._others(event)
         elif (say := self._sentences.get(type(event))) is not None:
@@ -246,7 +241,7 @@ class Reporter:
         )
         self._far(event.step, event.steps, text, event.step % SAID_EVERY == 0)
 
-    def _validating(self, event: Validating) -> None:
+    def _validating(self, event: events.TuningValidating) -> None:
         text = f"step {event.step}: validation, {event.done:,} of {amount(event.total, 'example')}"
         often = SAID_EVERY * self._arguments.batch_size
         self._far(event.done, event.total, text, event.done % often == 0)

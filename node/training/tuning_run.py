@@ -24,13 +24,13 @@ from torch import Tensor
 from petalnode.compute import Compute
 from petalnode.errors import PetalnodeError, UsageError
 from petalnode.events import (
-    Event,
     Report,
     TuningDone,
     TuningEval,
     TuningResumed,
     TuningSaved,
     TuningStep,
+    TuningValidating,
     ignore,
 )
 from petalnode.models.checkpoint import Checkpoint
@@ -48,16 +48,6 @@ from petalnode.training.data import Dataset, Reading, Shuffle, read_dataset
 from petalnode.training.encoding import Encoder, Row
 from petalnode.training.protocol import MAX_MICRO_TOKENS
 from petalnode.training.tuner import StepFailed, Training, TuneOptions, Tuner, new_parameters
-
-
-@dataclass(frozen=True)
-class Validating(Event):
-    """``done`` of ``total`` examples have their share in the validation after ``step``."""
-
-    event = "validating"
-    step: int
-    done: int
-    total: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,4 +269,4 @@ class _Run:
         self._report(TuningEval(done, self.eval_loss))
 
     def _hear(self, step: int, done: int, total: int) -> None:
-        self._report(Validating(step, done, total))
+        self._report(TuningValidating(step, done, total))

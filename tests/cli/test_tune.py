@@ -22,10 +22,10 @@ from petalnode.events import (
     TuningDone,
     TuningEval,
     TuningStep,
+    TuningValidating,
     Waiting,
 )
 from petalnode.training.checkpoints import claimed
-from petalnode.training.tuning_run import Validating
 
 from .test_processes import DEADLINE_S, command, environment, serving
 
@@ -225,16 +225,16 @@ def test_a_validation_is_shown_as_steps_are(capsys, monkeypatch):
     verb = ["tune", "demo", "--data", "x", "--out", "y", "--batch-size", "2"]
     report = Reporter(parse_arguments(verb, {}))
     for done in (*range(2, 60, 2), 59):
-        report(Validating(25, done, 59))
+        report(TuningValidating(25, done, 59))
     said = [f"step 25: validation, {done} of 59 examples" for done in (20, 40)]
     assert capsys.readouterr().err.splitlines() == said
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    report(Validating(25, 12, 1000))
+    report(TuningValidating(25, 12, 1000))
     report(TuningEval(25, 3.25))
     said = f"\r{'░' * 24} step 25: validation, 12 of 1,000 examples\x1b[K"
     assert capsys.readouterr().err == f"{said}\nstep 25: validation loss 3.2500\n"
     report = Reporter(parse_arguments([*verb, "--json"], {}))
-    report(Validating(25, 12, 59))
+    report(TuningValidating(25, 12, 59))
     said = {"event": "validating", "step": 25, "done": 12, "total": 59}
     assert json.loads(capsys.readouterr().out) == said
 

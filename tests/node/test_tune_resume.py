@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from petalnode.errors import NoRoute, UsageError
-from petalnode.events import TuningDone, TuningEval, TuningSaved, TuningStep
+from petalnode.events import TuningDone, TuningEval, TuningSaved, TuningStep, TuningValidating
 from petalnode.training import checkpoints
 from petalnode.training.checkpoints import ASIDE, STATE, check_free, claimed, load_run
-from petalnode.training.tuning_run import Validating, tune
+from petalnode.training.tuning_run import tune
 
 from .tuning_jobs import examples, job_of, run, training
 
@@ -166,7 +166,7 @@ async def test_whoever_stops_listening_costs_no_step(training, tmp_path):
 
 async def test_a_validation_tells_how_far_it_is(training, tmp_path):
     job = job_of(training, steps=1, batch_size=4, evaluation=examples(10, 9))
-    told = [event.to_json() for event in (await run(job, training)).of(Validating)]
+    told = [event.to_json() for event in (await run(job, training)).of(TuningValidating)]
     expected = [
         {"event": "validating", "step": step, "done": done, "total": 10}
         for step in (0, 1)
