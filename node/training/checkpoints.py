@@ -29,6 +29,7 @@ from torch import Tensor
 
 from petalnode.errors import PetalnodeError, UsageError
 from petalnode.models.config import ModelConfig
+from petalnode.models.finite import is_finite
 from petalnode.models.tuning.peft_files import CONFIG, WEIGHTS, Adapter, save_adapter
 
 STATE = "training_state.safetensors"
@@ -134,7 +135,7 @@ def _progress(said: object) -> Progress | None:
 def _usable(name: str, tensor: Tensor) -> bool:
     """Whether there is a way on from these numbers. The mean of squares has a root."""
     least = 0.0 if name.startswith("exp_avg_sq.") else -math.inf
-    return bool(tensor.isfinite().all()) and bool((tensor >= least).all())
+    return is_finite(tensor) and bool((tensor >= least).all())
 
 
 def check_same_run(directory: Path, progress: Progress, settings: Mapping[str, Any]) -> None:
