@@ -117,7 +117,8 @@ class Parts(Protocol):
         """Return float32 numbers that no checkpoint holds."""
 
     def activation(self, name: str) -> Layer:
-        """Return one of `ACTIVATIONS`."""
+        """Return one of `ACTIVATIONS`. It may overwrite what it is given, where that needs no
+        gradient."""
 
 
 MXFP4_GROUP = 32

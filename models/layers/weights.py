@@ -16,6 +16,7 @@ from torch import Tensor
 from petalnode.models.layers.adapted import AdaptedLinear, Additions
 from petalnode.models.layers.experts import GroupedLinear, Mxfp4Fill, StackedFill
 from petalnode.models.layers.linear import linear
+from petalnode.models.layers.norms import rms_norm
 from petalnode.models.layers.parts import named_sizes
 from petalnode.models.quantize import Int8Linear, Nf4Linear, quantized_linear
 
@@ -26,8 +27,14 @@ Fill = Callable[[Tensor], object]
 VOCABULARY_SLICE = 8192
 """Rows of a head that are converted at a time."""
 
+
+def _silu(x: Tensor) -> Tensor:
+    """In the memory of x, unless a gradient may need that later."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 _ACTIVATIONS: dict[str, Layer] = {
-    "silu": F.silu,
+    "silu": _silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
@@ -223,13 +230,13 @@ class TorchParts:
         if plus_one:
             return self._float32_norm(f"{name}.weight", size, eps)
         weight = self.vector(f"{name}.weight", size)
-        return lambda x: F.rms_norm(x, (size,), weight, eps)
+        return lambda x: rms_norm(x, weight, eps)
 
     def _float32_norm(self, name: str, size: int, eps: float) -> Layer:
         weight = torch.empty(size, dtype=torch.float32, device=self.device)
         self._made.append(weight)
         self.targets[name] = lambda tensor: weight.copy_(tensor.to(self._dtype)).add_(1.0)
-        return lambda x: F.rms_norm(x.float(), (size,), weight, eps).to(x.dtype)
+        return lambda x: rms_norm(x.float(), weight, eps).to(x.dtype)
 
     def layer_norm(self, name: str, size: int, eps: float, *, affine: bool = True) -> Layer:
         """See `Parts.layer_norm`."""
