@@ -25,7 +25,7 @@ from petalnode.hf.cache import RemoteCache
 from petalnode.hf.inputs import ID_DTYPES, IGNORED, read_inputs, refuse_attentions
 from petalnode.hf.local import VocabularyTable
 from petalnode.hf.model import RemoteModel, read_generation_config
-from petalnode.training.modules import check_tensor
+from petalnode.training.inputs import check_tensor
 
 
 class PetalnodeForCausalLM(RemoteModel, GenerationMixin):  # type: ignore[no-untyped-call]

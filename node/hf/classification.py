@@ -16,7 +16,7 @@ from petalnode.errors import UsageError
 from petalnode.events import Report, ignore
 from petalnode.hf.inputs import ID_DTYPES, IGNORED, read_inputs, refuse_attentions
 from petalnode.hf.model import RemoteModel
-from petalnode.training.modules import check_tensor
+from petalnode.training.inputs import check_tensor
 
 
 class PetalnodeForSequenceClassification(RemoteModel):  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from petalnode.errors import UsageError
-from petalnode.training.modules import check_mask, check_tensor
+from petalnode.training.inputs import check_mask, check_tensor
 
 ID_DTYPES = (torch.int64, torch.int32)
 """What embeddings can be looked up by."""

@@ -136,6 +136,7 @@ class Crew:
         self._speeds = {"forward": SpeedLedger(), "backward": SpeedLedger()}
         self._avoided: dict[str, tuple[float, PeerError]] = {}
         self._changed = trio.Event()
+        self._closed = False
 
     @property
     def lines(self) -> Sequence[TrainLine]:
@@ -172,9 +173,11 @@ class Crew:
             held = None
 
     def close(self) -> None:
-        """Let all hops forget us."""
+        """Let all hops forget us; who still waits for work is told."""
+        self._closed = True
+        self._wake()
         for line in self._lines.values():
-            line.lose(PeerRefused("The session was closed.", "", line.peer_id, "closed"))
+            line.lose(closed(line.peer_id))
 
     async def _give(self, work: Work, choice: Choice, held: Held | None) -> Done:
         offer, stage = choice.offer, (work.span[0], choice.end)
@@ -214,6 +217,9 @@ class Crew:
                 if offer.peer_id in self._avoided:  # it failed others who waited here before
                     raise self._avoided[offer.peer_id][1]
                 line = await self._open_line(offer)
+                if self._closed:  # meanwhile: nobody would run it
+                    line.lose(closed(offer.peer_id))
+                self._check_open()
                 self._lines[offer.peer_id] = line
                 self._nursery.start_soon(self._run, line)
             return line
@@ -227,6 +233,7 @@ class Crew:
     async def _choose(self, work: Work, held: Held | None, patience: _Patience) -> Choice:
         """Who computes the next stage, once that peer has room for more."""
         while True:
+            self._check_open()
             changed, offers = self._changed, self._offers(work)
             try:
                 choice = self._holder(work, held, offers) or self._soonest(work, offers)
@@ -293,6 +300,10 @@ class Crew:
                 return refusal_of(block, [refused[peer_id] for peer_id in holders])
         return None
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("The training session was closed.", "Open another.")
+
     def _covers(self, line: TrainLine, offer: Offer) -> bool:
         """Whether a line is open for all blocks of ours that its peer holds now."""
         start, end = max(offer.start, self._span[0]), min(offer.end, self._span[1])
@@ -339,6 +350,11 @@ def refusal_of(block: int, errors: Sequence[PeerRefused]) -> Exception:
         "Ask for less (a lower rank, shorter rows), or start a node for these blocks.",
         (block,),
     )
+
+
+def closed(peer_id: str) -> PeerRefused:
+    """Why a line ends that we leave."""
+    return PeerRefused("The session was closed.", "", peer_id, "closed")
 
 
 def code_of(error: PeerError) -> str:

@@ -28,6 +28,7 @@ from petalnode.models.config import ModelConfig
 from petalnode.models.tuning.lora import new_lora
 from petalnode.models.tuning.sites import lora_sites
 from petalnode.models.tuning.tuning import NOTHING, BlockTuning, LowRank, Tuning
+from petalnode.training.inputs import check_mask, check_tensor
 
 PROMPT = "soft"
 """Name of the prompt before the text, beside those of ``Tuning.named``."""
@@ -324,27 +325,6 @@ def unpack(packed: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
         return packed.reshape(like.shape)
     rows = packed.new_zeros(like.shape[0] * like.shape[1], like.shape[2])
     return rows.index_copy(0, index, packed).reshape(like.shape)
-
-
-def check_tensor(what: str, given: object) -> None:
-    """Raise ``UsageError`` for lists and arrays."""
-    if not isinstance(given, Tensor):
-        raise UsageError(
-            f"{what} is a {type(given).__name__}, not a tensor.",
-            'Make tensors of it: a tokenizer does with return_tensors="pt".',
-        )
-
-
-def check_mask(mask: Tensor, batch: int, tokens: int) -> Tensor:
-    """Return the attention mask as booleans [B, T]. Raises ``UsageError`` for another shape."""
-    check_tensor("The attention mask", mask)
-    if tuple(mask.shape) != (batch, tokens):
-        raise UsageError(
-            f"An attention mask of shape {tuple(mask.shape)} does not fit {batch} rows of "
-            f"{tokens} tokens.",
-            "Give one number for each token: 1, or 0 for padding.",
-        )
-    return mask != 0
 
 
 def usual_targets(config: ModelConfig) -> list[str]:

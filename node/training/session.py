@@ -21,12 +21,12 @@ import trio
 from petalnode.compute import Compute
 from petalnode.errors import PeerRefused, UsageError
 from petalnode.models.config import ModelConfig
-from petalnode.models.finite import is_finite
 from petalnode.models.tuning.check import check_tuning
 from petalnode.models.tuning.tuning import NOTHING, Tuning
 from petalnode.nurseries import plain_errors
 from petalnode.training.batches import ONE_HOP, PIPELINE, Micro, OrderedSum, cut
 from petalnode.training.crew import Crew, Held, NobodyHoldsAll, Work
+from petalnode.training.inputs import check_blocks, check_gradient, check_hidden, row_lengths
 from petalnode.training.line import Added
 from petalnode.training.protocol import MAX_MICRO_TOKENS
 from petalnode.training.spread import Stage
@@ -52,6 +52,8 @@ class Record:
     passed: list[list[Passed]]
     added: Added
     output: torch.Tensor
+    crew: Crew
+    """Through whom: versions of what is added are theirs."""
 
     @property
     def hidden_states(self) -> tuple[torch.Tensor, ...]:
@@ -101,7 +103,9 @@ class TrainingSession:
         peers, with a reason. Raises ``UsageError`` for what does not fit or is not finite, and
         ``NoRoute`` when nobody takes the work.
         """
-        self._check(hidden, lengths)
+        check_hidden(hidden, self._config.hidden_size)
+        check_blocks(tuning, self._config)
+        lengths = row_lengths(lengths, len(hidden), self.max_row_tokens)
         batch = wire_copy(hidden)
         added = await self._snapshot(tuning)
         call = _Call(added, len(batch), keep_blocks, keep=backward)
@@ -118,14 +122,19 @@ class TrainingSession:
 
         await each(one, len(micros))
         output = torch.cat(outputs).to(hidden.dtype)
-        return output, Record(micros, passed, added, output)
+        return output, Record(micros, passed, added, output, self.crew)
 
     async def backward(
         self, record: Record, grad: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Gradients of the input [T, H] and, float32, of the tuning's tensors by their names, from
         that of the output [T, H]. Waits and raises as ``forward`` does."""
-        check_gradient(record, grad)
+        if not isinstance(record, Record) or record.crew is not self.crew:
+            raise UsageError(
+                "There is no way back through this session without a record of its own.",
+                "Give the record that its forward returned.",
+            )
+        check_gradient(grad, record.output)
         batch = wire_copy(grad)
         call, sums = _Call(record.added, len(batch)), OrderedSum()
         inputs = [batch] * len(record.micros)
@@ -179,10 +188,11 @@ class TrainingSession:
             return Added()
         known = self._added
         changed = await self.compute.run(lambda: self._changed(known.tuning, tuning))
-        if changed is not None:
-            self._versions += 1
-            self._added = Added(self._versions, changed)
-        return self._added
+        if changed is None:
+            return known
+        self._versions += 1
+        self._added = added = Added(self._versions, changed)
+        return added
 
     def _changed(self, known: Tuning, tuning: Tuning) -> Tuning | None:
         """A checked copy of a tuning that is not the known one. Runs in the worker thread."""
@@ -190,25 +200,6 @@ class TrainingSession:
             return None
         check_tuning(self._config, self.start, self.end, tuning)
         return tuning.map(lambda tensor: tensor.detach().cpu().clone())
-
-    def _check(self, hidden: torch.Tensor, lengths: Sequence[int]) -> None:
-        size, shape = self._config.hidden_size, tuple(hidden.shape)
-        if len(shape) != 2 or shape[1] != size or not hidden.is_floating_point():
-            raise UsageError(
-                f"Hidden states of shape {shape} and {hidden.dtype} cannot be trained on.",
-                f"Give floating point numbers of shape (tokens, {size}).",
-            )
-        if not lengths or min(lengths) < 1 or sum(lengths) != shape[0]:
-            raise UsageError(
-                f"Rows of {sum(lengths)} tokens do not make up {shape[0]} hidden states.",
-                "Give the length of every row, at least 1 each.",
-            )
-        if max(lengths) > self.max_row_tokens:
-            raise UsageError(
-                f"A row has {max(lengths)} tokens; training takes {self.max_row_tokens} at most.",
-                "Cut it into shorter rows.",
-            )
-        check_finite("The hidden states", hidden)
 
 
 @dataclass(eq=False)
@@ -266,24 +257,3 @@ def wire_copy(tensor: torch.Tensor) -> torch.Tensor:
     """The caller's numbers as they are sent: they may change while that lasts."""
     dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
     return tensor.detach().to("cpu", dtype, copy=True)
-
-
-def check_gradient(record: Record, grad: torch.Tensor) -> None:
-    """Raise ``UsageError`` unless it can be the gradient of the record's output."""
-    if grad.shape != record.output.shape or not grad.is_floating_point():
-        raise UsageError(
-            f"A gradient of shape {tuple(grad.shape)} and {grad.dtype} does not fit an output of "
-            f"shape {tuple(record.output.shape)}.",
-            "Give the gradient of what forward returned.",
-        )
-    check_finite("The gradient of the output", grad)
-
-
-def check_finite(what: str, tensor: torch.Tensor) -> None:
-    """Raise ``UsageError`` that names what holds NaN or infinity."""
-    if not is_finite(tensor):
-        raise UsageError(
-            f"{what} hold{'s' if what.startswith('The gradient') else ''} numbers that are not "
-            "finite.",
-            "Look at the loss: a lower learning rate may keep it finite.",
-        )

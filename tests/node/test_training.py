@@ -11,6 +11,7 @@ from petalnode.models.tuning.tuning import NOTHING
 from petalnode.training.batches import cut
 
 from .training_swarm import (
+    DEADLINE_S,
     FOUR,
     HIDDEN,
     at_once,
@@ -97,7 +98,7 @@ async def test_leaving_makes_the_hops_forget(checkpoint, batch):
                 tuning().within(*span[1:]).nbytes for span in CHAINS[2]
             ]
             assert [server.sessions for server in servers] == [1, 1]
-        with trio.fail_after(1):
+        with trio.fail_after(DEADLINE_S):
             for server in servers:
                 await server.wait_idle()
         assert [(server._tunings.used, server._room.used) for server in servers] == [(0, 0)] * 2
@@ -264,7 +265,7 @@ async def test_what_cannot_be_trained_on(checkpoint, batch):
             (hidden, [TOKENS, 0], "make up"),
             (hidden, [], "make up"),
             (numbers(2049, HIDDEN), [2049], "A row has 2049 tokens; training takes 2048"),
-            (broken, LENGTHS, "The hidden states hold numbers that are not finite"),
+            (broken, LENGTHS, "The input has numbers that are not finite"),
         ]:
             with pytest.raises(UsageError, match=why):
                 await training.forward(wrong, lengths)
@@ -273,7 +274,7 @@ async def test_what_cannot_be_trained_on(checkpoint, batch):
         _, record = await training.forward(hidden, LENGTHS)
         with pytest.raises(UsageError, match="does not fit an output"):
             await training.backward(record, grad[1:])
-        with pytest.raises(UsageError, match="The gradient of the output holds numbers"):
+        with pytest.raises(UsageError, match="The gradient of the output has numbers"):
             await training.backward(record, broken)
         assert_same(
             await both(training, batch, NOTHING),
