@@ -162,7 +162,7 @@ class Holding:
         if moved:
             moved = await self._exchange(service, before, blocks)
         self._moving_to = None
-        if moved or self.service is not service:
+        if self.service is not service:
             await self._go_online()
         else:
             service.server.draining = False

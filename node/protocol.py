@@ -138,8 +138,8 @@ class Step:
         return sum(segment.n for segment in self.segments)
 
     def passed(self, took_us: int) -> Step:
-        """The step as it leaves a hop that needed so long."""
-        return replace(self, took=(*self.took, min(took_us, MAX_TOOK_US)))
+        """The step as it leaves a hop that needed so long. A sender may have filled the list."""
+        return replace(self, took=(*self.took, min(took_us, MAX_TOOK_US))[-MAX_BLOCKS:])
 
     def to_wire(self) -> dict[str, Any]:
         wire: dict[str, Any] = {

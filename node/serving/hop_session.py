@@ -41,6 +41,9 @@ from petalnode.serving.session_tuning import SessionTuning
 LINK_DEADLINE_S = 4.0
 """For dialling the next hop and having it accept the feed."""
 MAX_LINKS_AT_ONCE = 4
+MAX_SPARES = 4
+"""Feeds to peers that stand by; the newest are kept."""
+MAX_REACHES_AT_ONCE = 4
 MAX_FEEDS = 4
 """Open at once: of the sender, of the one to come, and those they replace."""
 
@@ -76,13 +79,14 @@ class HopSession:
         self._feeds: dict[FrameStream, trio.CancelScope] = {}
         self._spares: dict[bytes, FrameStream] = {}
         self._next = b""
-        self._linking = 0
+        self._linking = self._reaching = 0
         self._seen = 0
         self._in_gap = False
 
     async def serve(self) -> None:
-        """Read the control stream to its end, then drop everything this session holds."""
+        """Accept the session, read the control stream to its end, then drop everything held."""
         try:
+            await self._control.send({"type": "opened"})
             with plain_errors():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._outlet.run)
@@ -95,16 +99,20 @@ class HopSession:
     async def serve_feed(self, feed: FrameStream) -> None:
         """Take steps from the sender until its stream ends."""
         if len(self._feeds) >= MAX_FEEDS:
-            next(iter(self._feeds)).reset()  # the oldest makes room
+            self._end_feed(next(iter(self._feeds)))  # the oldest makes room
         self._in_gap = False  # it may have what was lacking
-        await feed.send({"type": "fed"})
         with trio.CancelScope() as scope:  # it ends with the session, whatever it waits for
             self._feeds[feed] = scope
             try:
+                await feed.send({"type": "fed"})
                 while (frame := await feed.receive()) is not None:
                     await self._take(frame)
             finally:
-                del self._feeds[feed]
+                self._feeds.pop(feed, None)
+
+    def _end_feed(self, feed: FrameStream) -> None:
+        self._feeds.pop(feed).cancel()
+        feed.reset()
 
     async def say_draining(self) -> None:
         """Tell the client that this node is about to leave."""
@@ -119,9 +127,11 @@ class HopSession:
         while (frame := await self._control.receive()) is not None:
             kind = frame.header.get("type")
             if kind == "link":
+                link = Link.parse(frame.header, self.opened.rows)
                 if self._linking >= MAX_LINKS_AT_ONCE:
                     raise BadMessage("too many links at once")
-                nursery.start_soon(self._link, Link.parse(frame.header, self.opened.rows))
+                self._linking += 1  # here: more may be read before the task first runs
+                nursery.start_soon(self._link, link)
             elif kind == "tuning":
                 await self._tune(frame)
             elif kind == "expect":
@@ -131,6 +141,9 @@ class HopSession:
                 await self._control.send({"type": "at", **at})
             elif kind == "reach":
                 lengths = wholes(frame.header.get("lengths"), MAX_ROWS, MAX_POSITION)
+                if self._reaching >= MAX_REACHES_AT_ONCE:
+                    raise BadMessage("too many questions at once")
+                self._reaching += 1
                 nursery.start_soon(self._reach, lengths)
             else:
                 raise BadMessage("a message of unknown type")
@@ -155,15 +168,14 @@ class HopSession:
             self.senders = (self.senders[0], peer)
         else:
             self.senders = (peer,)
-            for feed, scope in list(self._feeds.items()):
-                if feed.peer_id != peer:
-                    scope.cancel()
-                    feed.reset()
+            for feed in [feed for feed in self._feeds if feed.peer_id != peer]:
+                self._end_feed(feed)
         await self._control.send({"type": "expecting"})
 
     async def _reach(self, lengths: tuple[int, ...]) -> None:
         await self._rows.wait_lengths(lengths)
         await self._control.send({"type": "reached"})
+        self._reaching -= 1
 
     async def _take(self, frame: Frame) -> None:
         """Compute one step and queue its output. What cannot be taken is told to the client."""
@@ -200,7 +212,13 @@ class HopSession:
 
     async def _link(self, link: Link) -> None:
         """Push outputs to ``link.peer`` from now on, or bring it up to date as a spare."""
-        self._linking += 1
+        try:
+            await self._control.send(await self._linked(link))
+        finally:
+            self._linking -= 1  # only now: a client that reads no answers gets no more tasks
+
+    async def _linked(self, link: Link) -> dict[str, Any]:
+        """Make the link; what to answer."""
         try:
             if link.peer is None:
                 kept = await self._outlet.attach(self._pass_through, link.replay, None)
@@ -208,12 +226,9 @@ class HopSession:
                 kept = await self._link_peer(link, link.peer)
         except (PeerError, trio.TooSlowError) as error:
             why = str(error) or f"no answer within {LINK_DEADLINE_S:.0f} s"
-            await self._control.send(error_wire("link", why, link.session))
-            return
-        finally:
-            self._linking -= 1
+            return error_wire("link", why, link.session)
         logged = {"logged": list(kept.lengths), "complete": kept.complete}
-        await self._control.send({"type": "linked", "session": link.session, **logged})
+        return {"type": "linked", "session": link.session, **logged}
 
     async def _link_peer(self, link: Link, peer: str) -> Kept:
         stream = self._spares.pop(link.session, None)
@@ -222,10 +237,18 @@ class HopSession:
                 stream = await open_feed(self._connect, peer, link.addrs, link.session)
         deliver = partial(send_step, stream)
         if link.spare:
-            self._spares[link.session] = stream
+            self._keep_spare(link.session, stream)
             return await self._outlet.bring_up(deliver, link.replay)
         self._next = link.session
         return await self._outlet.attach(deliver, link.replay, stream)
+
+    def _keep_spare(self, session: bytes, stream: FrameStream) -> None:
+        replaced = self._spares.pop(session, None)  # two links at once opened a stream each
+        if len(self._spares) >= MAX_SPARES:
+            replaced = self._spares.pop(next(iter(self._spares)))
+        if replaced is not None:
+            replaced.reset()
+        self._spares[session] = stream
 
     async def _lost_next(self, error: PeerError) -> None:
         await self._control.send(error_wire("next", str(error), self._next))
@@ -239,11 +262,11 @@ class HopSession:
         await self._control.send({**step.to_wire(), "type": "through"}, [hidden])
 
     def _drop(self) -> None:
-        for stream in (self._control, *self._feeds, *self._spares.values()):
+        for stream in (self._control, *self._spares.values()):
             stream.reset()
         self._outlet.detach()
-        for scope in list(self._feeds.values()):
-            scope.cancel()
+        for feed in list(self._feeds):
+            self._end_feed(feed)
         self._rows.drop()
         self._tuning.drop()
         self._log.drop()
@@ -254,6 +277,7 @@ async def open_feed(
 ) -> FrameStream:
     """A stream on which ``peer`` takes steps of the session. Raises ``PeerError``."""
     stream = await connect(peer, addrs, HOP_PROTOCOL)
+    most, stream.max_payload = stream.max_payload, 0  # the answer reserves no memory here
     try:
         await stream.send(feed_wire(session))
         answer = await stream.receive()
@@ -263,6 +287,7 @@ async def open_feed(
     if answer is None or answer.header.get("type") != "fed":
         stream.reset()
         raise PeerGone(f"Peer {peer} does not take the feed.", peer_id=peer)
+    stream.max_payload = most
     return stream
 
 

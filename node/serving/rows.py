@@ -50,10 +50,8 @@ class SessionRows:
         for segment in step.segments:
             self._check(segment, caches.get(segment.row))
         self._reserve(step, caches)
-        if order:
-            self._rearrange(order)
-        else:
-            self._caches = caches
+        self._caches = caches  # rows that go are freed before others are copied
+        self._part_rows()
         self._ordered = max(self._ordered, step.as_of, step.seq if step.order else 0)
         return [RowWork(self._row(s.row), s.position, s.n, self.tuning) for s in step.segments]
 
@@ -107,15 +105,13 @@ class SessionRows:
             raise Refusal("busy", f"room for {self._budget.tokens_free} more cached tokens only")
         self._held = wanted
 
-    def _rearrange(self, order: tuple[int, ...]) -> None:
-        before = self._caches
-        self._caches = {}
-        taken: set[int] = set()
-        for row, source in enumerate(order):
-            if source in before:
-                cache = before[source]
-                self._caches[row] = cache.copy() if source in taken else cache
-                taken.add(source)
+    def _part_rows(self) -> None:
+        """Copy a cache for each further row that goes on from it."""
+        taken: set[RowCache] = set()
+        for row, cache in self._caches.items():
+            if cache in taken:
+                self._caches[row] = cache.copy()
+            taken.add(cache)
 
     def _row(self, row: int) -> RowCache:
         cache = self._caches.get(row)

@@ -101,7 +101,6 @@ class HopServer:
             await stream.aclose()
             return
         try:
-            await stream.send({"type": "opened"})
             await session.serve()
         finally:
             del self._sessions[session.opened.session]
