@@ -5,6 +5,7 @@ ALL = (
     "large",
     "clients",
     "start",
+    "promises",
     "wire",
     "isolation",
     "link",
@@ -20,11 +21,8 @@ ALL = (
     "training",
     "tuning",
 )
-QUICK = tuple(
-    name
-    for name in ALL
-    if name not in ("wire", "blocks", "placement", "loading", "perplexity", "training", "tuning")
-)
+LONG = {"promises", "wire", "blocks", "placement", "loading", "perplexity", "training", "tuning"}
+QUICK = tuple(name for name in ALL if name not in LONG)
 """What a quick run is without names: the others can be run by themselves."""
 CHECKS = ("parity",)
 """No timings: run by name alone, and each writes its tables into a document of its own."""

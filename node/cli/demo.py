@@ -38,7 +38,7 @@ SAMPLING = "--temperature 0.7 --top-p 0.95 --repetition-penalty 1.05 --seed 6"
 NEW_TOKENS = "94"
 KILL_AFTER_TOKENS = 40
 KILLED_HOP = 1
-START_DEADLINE_S = 25.0
+START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 4.0
 
 Say = Callable[[str], None]

@@ -1,12 +1,13 @@
 """Real processes on loopback: founder, joiners by invite and by multiaddr, clients, goodbye."""
 
+import fcntl
 import io
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager, redirect_stdout
 from threading import Timer
 
@@ -17,17 +18,10 @@ import trio
 from petalnode.cli.main import main
 
 PROMPT = "def main():\n"
-DEADLINE_S = 180
-"""For one process to do what it shall; it only bounds what hangs."""
-ALL_TESTS_S = 900
-"""For what serves all tests of this file."""
-DEMO_S = 30.0
-NOTICED_S = 10.0
-
-
-def promised(seconds):
-    """A time that holds while no core is shared, stretched by how many want each core here."""
-    return seconds * max(1.0, os.getloadavg()[0] / os.cpu_count())
+DEADLINE_S = 600
+"""For all that one process shall do; it only bounds what hangs. Times: ``benchmarks promises``."""
+ALL_TESTS_S = 3600
+"""For what serves all tests of a file."""
 
 
 def command(*arguments):
@@ -61,6 +55,36 @@ class Serving:
         self.process.send_signal(signal.SIGINT)
         kinds = [json.loads(line)["event"] for line in self.process.stdout]
         return kinds, self.process.wait()
+
+
+def narrow_pipe():
+    """A pipe that takes one event more only once the last one was read (Linux)."""
+    if sys.platform != "linux":
+        return os.pipe()
+    ends = os.pipe2(os.O_DIRECT)
+    fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, mmap.PAGESIZE)
+    return ends
+
+
+@contextmanager
+def following(environment, *arguments, **options):
+    """A process and its events as they come. It is at most two ahead of what was read.
+
+    So it cannot have ended when something is done to it on an event, however late we read that.
+    """
+    ours, theirs = narrow_pipe()
+    with open(ours) as lines:
+        verb = command(*arguments)
+        process = subprocess.Popen(verb, stdout=theirs, env=environment, text=True, **options)
+        os.close(theirs)
+        watchdog = Timer(DEADLINE_S, process.kill)
+        watchdog.start()
+        try:
+            yield process, map(json.loads, lines)
+        finally:
+            watchdog.cancel()
+            process.kill()
+            process.wait()
 
 
 @contextmanager
@@ -153,7 +177,8 @@ def test_a_late_node_is_used_and_one_that_says_goodbye_is_gone(environment):
             assert {peer["name"] for peer in seen["peers"]} == {"", "late"}
 
             assert late.stop() == (["draining", "stopped"], 0)
-        seen = status_of(environment, listening["invite"])
+        while len((seen := status_of(environment, listening["invite"]))["peers"]) > 1:
+            pass  # the goodbye is on its way
     assert (seen["covered"], [peer["peer_id"] for peer in seen["peers"]]) == (False, peers[:1])
 
 
@@ -186,25 +211,14 @@ def test_a_hop_killed_in_mid_text_changes_nothing(environment):
         by_invite = ["--join", one.wait_for("listening")["invite"]]
         with serving(environment, "--blocks", "0:8", *by_invite) as two:
             nodes = {node.wait_for("ready")["peer_id"]: node for node in (one, two)}
-            client = subprocess.Popen(
-                command(
-                    *("generate", "demo", PROMPT, "--json", "--max-new-tokens", str(new)),
-                    *by_invite,
-                ),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=environment,
-                text=True,
-            )
-            watchdog = Timer(DEADLINE_S, client.kill)
-            watchdog.start()
-            for line in client.stdout:
-                events.append(json.loads(line))
-                if events[-1]["event"] == "token" and events[-1]["position"] == 20:
-                    lost = events[0]["hops"][-1]["peer_id"]
-                    nodes[lost].process.kill()
-            _, error = client.communicate()
-            watchdog.cancel()
+            verb = ["generate", "demo", PROMPT, "--json", "--max-new-tokens", str(new), *by_invite]
+            with following(environment, *verb, stderr=subprocess.PIPE) as (client, said):
+                for event in said:
+                    events.append(event)
+                    if event["event"] == "token" and event["position"] == 20:
+                        lost = events[0]["hops"][-1]["peer_id"]
+                        nodes[lost].process.kill()
+                _, error = client.communicate()
     assert (client.returncode, error) == (0, "")
     recovered = [event for event in events if event["event"] == "recovered"]
     assert [event["lost"] for event in recovered] == [[lost]]
@@ -216,7 +230,6 @@ def test_the_demo_ends_by_itself(swarm, environment):
     """It kills a node in mid-sentence; the text is the one that an undisturbed swarm gives."""
     from petalnode.cli.demo import KILL_AFTER_TOKENS, NEW_TOKENS, SAMPLING
 
-    started = time.monotonic()
     done = subprocess.run(
         command("demo", "--json", "--prompt", PROMPT),
         capture_output=True,
@@ -225,7 +238,6 @@ def test_the_demo_ends_by_itself(swarm, environment):
         timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < promised(DEMO_S)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     kinds = [event["event"] for event in events]
     assert [hop["blocks"] for hop in events[0]["hops"]] == [[0, 3], [3, 6], [6, 8]]
@@ -251,6 +263,6 @@ async def test_a_stopped_process_is_noticed(environment):
             host.on_disconnect(lambda peer_id: lost.set())
             await host.connect(listening["addrs"][0])
             node.process.send_signal(signal.SIGSTOP)
-            with trio.fail_after(promised(NOTICED_S)):
+            with trio.fail_after(DEADLINE_S):
                 await lost.wait()
             assert host.connected_peers() == []

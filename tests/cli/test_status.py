@@ -179,7 +179,7 @@ async def test_watching_goes_on_when_the_contact_dies(tiny_checkpoint, monkeypat
         told.set()
 
     monkeypatch.setattr(status, "note", note)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             options = [
                 NodeOptions(blocks=(0, 4), host="127.0.0.1", identity=tmp_path / name)

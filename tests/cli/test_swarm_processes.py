@@ -8,14 +8,9 @@ import trio
 from petalnode.joining import parse_joins
 from petalnode.survey import open_survey
 
-from .test_processes import DEADLINE_S, environment, promised, serving, status_of
+from .test_processes import DEADLINE_S, environment, serving, status_of
 
 __all__ = ["environment"]
-
-KILLED_S = 3.0
-"""Until a killed node has left every other node's view."""
-COVERED_S = 15.0
-"""Until nodes that chose at the same time have shared out the blocks."""
 
 
 def start_others(stack, environment, founder, *flags):
@@ -45,8 +40,8 @@ async def test_a_killed_node_leaves_the_view_of_every_other_one(environment):
             await stack.enter_async_context(open_survey(parse_joins([one["invite"]]), None))
             for one in listening[:-1]
         ]
-        for count, deadline_s in ((4, DEADLINE_S), (3, promised(KILLED_S))):
-            with trio.fail_after(deadline_s):
+        for count in (4, 3):
+            with trio.fail_after(DEADLINE_S):
                 async with trio.open_nursery() as nursery:
                     for survey in surveys:
                         nursery.start_soon(until, survey, lambda s, n=count: len(s.peers) == n)
@@ -65,5 +60,5 @@ async def test_nodes_of_uneven_sizes_that_start_at_once_cover_the_model(environm
         rest = [("--num-blocks", size) for size in sizes[1:]]
         _, listening = start_others(stack, environment, founder, *rest)
         async with open_survey(parse_joins([listening[0]["invite"]]), None) as survey:
-            with trio.fail_after(promised(COVERED_S)):
+            with trio.fail_after(DEADLINE_S):
                 await until(survey, lambda swarm: swarm.covered)

@@ -3,10 +3,8 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from threading import Timer
 
 import pytest
 
@@ -27,7 +25,7 @@ from petalnode.events import (
 )
 from petalnode.training.checkpoints import claimed
 
-from .test_processes import DEADLINE_S, command, environment, serving
+from .test_processes import ALL_TESTS_S, environment, following, serving
 
 __all__ = ["environment"]
 
@@ -38,12 +36,9 @@ TEXTS = [f"Return the {n}th item of the list, or None." for n in range(12)]
 @pytest.fixture(scope="module")
 def swarm(environment):
     """A node that holds the whole model, for as long as all tests here take."""
-    with serving(environment, "--blocks", "0:8") as node:
+    with serving(environment, "--blocks", "0:8", deadline_s=ALL_TESTS_S) as node:
         listening = node.wait_for("listening")
         node.wait_for("ready")
-        node.watchdog.cancel()
-        node.watchdog = Timer(5 * DEADLINE_S, node.process.kill)
-        node.watchdog.start()
         yield listening
 
 
@@ -55,7 +50,7 @@ def data(tmp_path):
 
 
 def tuning(swarm, data, out, *flags):
-    small = ["--steps", "12", "--batch-size", "2", "--save-every", "4", "--lr", "0.01"]
+    small = ["--steps", "16", "--batch-size", "2", "--save-every", "4", "--lr", "0.01"]
     small += ["--rank", "2"]
     files = ["--data", str(data), "--eval", str(data), "--out", str(out)]
     return ["tune", "demo", "--join", swarm["invite"], "--json", *files, *small, *flags]
@@ -75,28 +70,22 @@ def of(events, kind):
 
 def stopped_at(verb, environment, step, how):
     """Runs until an event of that step, then sends the signal; the events and the exit code."""
-    verb = command(*verb)
-    process = subprocess.Popen(verb, stdout=subprocess.PIPE, env=environment, text=True)
-    watchdog = Timer(DEADLINE_S, process.kill)
-    watchdog.start()
     events = []
-    for line in process.stdout:
-        events.append(json.loads(line))
-        if (events[-1]["event"], events[-1].get("step")) == ("step", step):
-            process.send_signal(how)
-    process.stdout.close()
-    code = process.wait()
-    watchdog.cancel()
-    return events, code
+    with following(environment, *verb) as (process, said):
+        for event in said:
+            events.append(event)
+            if (event["event"], event.get("step")) == ("step", step):
+                process.send_signal(how)
+        return events, process.wait()
 
 
 def test_a_run_an_interrupted_one_a_killed_one(swarm, environment, data, tmp_path, capsys):
     """The two that are stopped are processes of their own."""
     whole = finished(capsys, tuning(swarm, data, tmp_path / "whole"))
     losses = [event["loss"] for event in of(whole, "step")]
-    assert [event["step"] for event in of(whole, "step")] == list(range(1, 13))
-    assert [event["step"] for event in of(whole, "eval")] == [0, 4, 8, 12]
-    assert [event["step"] for event in of(whole, "saved")] == [4, 8, 12]
+    assert [event["step"] for event in of(whole, "step")] == list(range(1, 17))
+    assert [event["step"] for event in of(whole, "eval")] == [0, 4, 8, 12, 16]
+    assert [event["step"] for event in of(whole, "saved")] == [4, 8, 12, 16]
     assert all(event["tokens_per_s"] > 0 for event in of(whole, "step"))
     assert whole[-1]["event"] == "done"
     assert whole[-1]["loss"] == losses[-1]

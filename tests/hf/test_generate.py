@@ -157,7 +157,7 @@ def test_caches_are_freed_when_nobody_refers_to_them(both):
     del outputs
 
     async def until_free():
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while any(server.server.sessions for server in servers):
                 await trio.lowlevel.checkpoint()
 

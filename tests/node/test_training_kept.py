@@ -12,7 +12,7 @@ from petalnode.serving.kept import KeptPasses
 from petalnode.training.protocol import Job
 
 from .test_training_server import ALONE, forward, opened
-from .training_swarm import HIDDEN, at_once, numbers, open_training_swarm, tuning
+from .training_swarm import DEADLINE_S, HIDDEN, at_once, numbers, open_training_swarm, tuning
 
 LENGTHS = [40, 90, 7, 128, 61]
 TOKENS = sum(LENGTHS)
@@ -124,7 +124,7 @@ async def test_another_tuning_and_the_end_make_hops_forget(checkpoint, batch):
                 assert used[0] == used[1] > 2 * TOKENS * HIDDEN * 4
                 (session,) = servers[0]._kept._sessions.values()
                 assert len(session.passes) == len(record.micros)
-        with trio.fail_after(1):
+        with trio.fail_after(DEADLINE_S):
             for server in servers:
                 await server.wait_idle()
         assert [server._kept.used for server in servers] == [0, 0]
@@ -162,7 +162,7 @@ async def test_a_hop_that_leaves_in_order_is_not_told_as_lost(checkpoint, batch)
         swarm.peers["b"].draining = True
         await swarm.peers["b"].server.drain()
         await one.backward(record, batch[1])
-        with trio.fail_after(1):
+        with trio.fail_after(DEADLINE_S):
             await swarm.peers["b"].server.wait_idle()
     assert said == []
 

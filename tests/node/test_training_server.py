@@ -15,7 +15,15 @@ from petalnode.training import line
 from petalnode.training.protocol import MAX_FRAME_BYTES, MAX_QUEUED, Job, OpenTraining
 from petalnode.tuning_wire import pack
 
-from .training_swarm import HIDDEN, at_once, error_of, numbers, open_training_swarm, tuning
+from .training_swarm import (
+    DEADLINE_S,
+    HIDDEN,
+    at_once,
+    error_of,
+    numbers,
+    open_training_swarm,
+    tuning,
+)
 
 ALONE = [("a", 0, 4)]
 HUGE = Tuning({0: BlockTuning(prompt=torch.full((3, HIDDEN), 3e38))})
@@ -227,7 +235,7 @@ async def test_a_draining_node_is_left_and_what_it_has_is_finished(checkpoint):
         swarm.on_start = drain
         async with trio.open_nursery() as nursery:
             output, _ = await session.forward(hidden, lengths)
-        with trio.fail_after(1):
+        with trio.fail_after(DEADLINE_S):
             await peer.server.wait_idle()
         assert ("forward", (0, 4)) in swarm.peers["b"].starts
         assert {getattr(error, "code", "gone") for error in swarm.failures} <= {"draining"}
@@ -240,7 +248,7 @@ async def test_a_draining_node_without_work_is_let_go(checkpoint):
         peer = swarm.peers["a"]
         peer.draining = True
         await peer.server.drain()
-        with trio.fail_after(1):
+        with trio.fail_after(DEADLINE_S):
             await peer.server.wait_idle()
         swarm.add("b", 0, 4)
         await session.forward(numbers(3, HIDDEN), [3])
@@ -280,7 +288,7 @@ async def test_a_client_that_is_gone_is_forgotten_at_once(checkpoint):
             assert peer.server._room.used == MAX_QUEUED * 512 * HIDDEN * 4
             nursery.cancel_scope.cancel()
         talk.stream.reset()
-        with trio.fail_after(1):
+        with trio.fail_after(DEADLINE_S):
             await peer.server.wait_idle()
         assert (peer.server._room.used, peer.server._tunings.used) == (0, 0)
         assert peer.engine.queue_depth == 0

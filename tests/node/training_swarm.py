@@ -27,6 +27,8 @@ from petalnode.training.spread import Offer, Stage
 
 FOUR = (("a", 0, 1), ("b", 1, 2), ("c", 2, 3), ("d", 3, 4))
 HIDDEN, BLOCKS = 64, 4
+DEADLINE_S = 60.0
+"""For what happens at once; it only bounds what hangs, as a machine may be busy."""
 
 
 class Inline:

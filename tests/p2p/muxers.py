@@ -1,10 +1,12 @@
 """Two muxers over a wire in memory, for tests: alice dialled bob."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import trio
+import trio.testing
 
 from petalnode.errors import PeerError
 from petalnode.p2p.memory_wire import CAPACITY_BYTES, MemoryWire, memory_wire_pair
@@ -15,6 +17,8 @@ from petalnode.p2p.yamux_stream import Stream
 
 DEADLINE_S = 60.0
 """Of a test that waits for something real: it only bounds what hangs, as a machine may be busy."""
+STILL_S = 0.02
+"""In which nothing happens, so that nothing is under way between two sockets of this machine."""
 KEYS = (bytes(range(32)), bytes(range(32, 64)))
 
 
@@ -69,6 +73,15 @@ async def open_against_script() -> AsyncIterator[tuple[NoiseSession, End]]:
         nursery.start_soon(bob.run)
         yield script, bob
         nursery.cancel_scope.cancel()
+
+
+async def cancelled(wait: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+    """Cancel what does not come to an end, once everything waits."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait, *arguments)
+        await trio.testing.wait_all_tasks_blocked(STILL_S)
+        nursery.cancel_scope.cancel()
+    assert nursery.cancel_scope.cancelled_caught
 
 
 async def stream_pair(alice: End, bob: End) -> tuple[Stream, Stream]:

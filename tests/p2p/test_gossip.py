@@ -12,6 +12,7 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 
 from petalnode.errors import PeerError
+from petalnode.p2p import gossip
 from petalnode.p2p.envelope import _DOMAIN, MAX_RECORD_BYTES, seal
 from petalnode.p2p.gossip import ABSORBED_AT_ONCE, PUSH_BURST, open_gossip
 from petalnode.p2p.hello import HELLO_PROTOCOL, About, ask, hello_handler
@@ -89,7 +90,10 @@ async def test_a_peer_that_starts_gossip_long_after_it_connected_is_heard() -> N
             await until(view, lambda: seqs(view) == {early.who.peer_id: 1})
 
 
-async def test_goodbye_is_heard_though_the_node_leaves_at_once() -> None:
+async def test_goodbye_is_heard_though_the_node_leaves_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gossip, "FLUSH_DEADLINE_S", DEADLINE_S)
     async with open_member(1) as stays:
         async with open_member(2, contacts=[stays.host]) as leaves:
             await leaves.gossip.publish(record(leaves.who, seq=1))

@@ -208,7 +208,7 @@ async def test_a_request_that_is_garbage_costs_its_stream_alone(
         await ours.receive()
 
 
-async def test_a_stranger_reserves_no_memory() -> None:
+async def test_a_stranger_reserves_no_memory(autojump_clock: MockClock) -> None:
     """A header of a few bytes may not make us set 64 MiB aside for what it promises."""
     raw, theirs = memory_byte_pair()
     handle = hello_handler(About("home", "demo", FINGERPRINT, 8), list, lambda _: 0)

