@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks.checkpoints import checkpoint
 from benchmarks.processes import Child, Swarm, environment, open_child, open_swarm, open_worker
@@ -15,6 +17,8 @@ from benchmarks.rounds import gaps_ms
 SPANS = {"1 node": ("0:16",), "2 nodes": ("0:8", "8:16")}
 BATCHES = {"1 × 128": (1, 128), "8 × 128": (8, 128)}
 WORKS = {"forward": "forward", "both": "forward + backward"}
+TWICE = "local, twice at once"
+"""What the machine gives two threads, where nothing waits for anything."""
 LOCAL_ONLY = {"pieces": "local, by micro-batches", "keeping": "local, keeping all activations"}
 ONE_NODE, TWO_NODES = 0.9, 1.4
 ROUNDS = 7
@@ -35,7 +39,8 @@ def run(quick: bool) -> Result:
             workers[name] = stack.enter_context(open_trainer(model, swarm))
         for worker in workers.values():
             worker.ask(do="ready")
-        seconds = rounds(workers, 1 if quick else ROUNDS)
+        other = stack.enter_context(open_trainer(model))
+        seconds = rounds(workers, other, 1 if quick else ROUNDS)
     throughput(seconds, result)
     beside(model, quick, result)
     return result
@@ -50,22 +55,35 @@ def open_trainer(model: Path, swarm: Swarm | None = None) -> Iterator[Child]:
         yield child
 
 
-def rounds(workers: dict[str, Child], count: int) -> dict[Key, list[float]]:
-    """Seconds of every variant, round by round; each is warmed up first.
+def rounds(workers: dict[str, Child], other: Child, count: int) -> dict[Key, list[float]]:
+    """Seconds of every variant, round by round; each is warmed up first. ``other``: a second local.
 
     A work goes round all variants before the next work begins: what is compared lies close in time,
     for the speed of the machine drifts.
     """
     taken: dict[Key, list[float]] = {}
-    for worker in workers.values():
+    for worker in (*workers.values(), other):
         worker.ask(do="both", rows=1, tokens=32)
     for _ in range(count):
         for batch, (rows, tokens) in BATCHES.items():
             for kind in (*WORKS, *LOCAL_ONLY):
+                work = {"do": kind, "rows": rows, "tokens": tokens}
                 for name in workers if kind in WORKS else ("local",):
-                    took = workers[name].ask(do=kind, rows=rows, tokens=tokens)["s"]
+                    took = workers[name].ask(**work)["s"]
                     taken.setdefault((kind, batch, name), []).append(took)
+                if kind in WORKS:
+                    took = at_once(workers["local"], other, work)
+                    taken.setdefault((kind, batch, TWICE), []).append(took)
     return taken
+
+
+def at_once(one: Child, other: Child, work: dict[str, Any]) -> float:
+    """Seconds a work: half of those in which either of two, at the same time, does it once."""
+    started = time.monotonic()
+    other.tell(**work)
+    one.ask(**work)
+    other.hear()
+    return (time.monotonic() - started) / 2
 
 
 def shares(seconds: dict[Key, list[float]], key: Key, kind: str) -> list[float]:
@@ -97,7 +115,7 @@ def throughput(seconds: dict[Key, list[float]], result: Result) -> None:
     }
     head = ("", *BATCHES, *(f"{batch}, of local" for batch in BATCHES))
     for kind, title in WORKS.items():
-        table = [row(name, (kind, name), seconds, kind) for name in ("local", *SPANS)]
+        table = [row(name, (kind, name), seconds, kind) for name in ("local", *SPANS, TWICE)]
         if kind == "both":
             table += [
                 row(what, (other, "local"), seconds, kind) for other, what in LOCAL_ONLY.items()
@@ -118,10 +136,11 @@ def throughput(seconds: dict[Key, list[float]], result: Result) -> None:
         "that keeps all activations of its own saves that, and is shown below it. Local by "
         "micro-batches: as few rows at a time as the hops of a chain get, 256 tokens; one node "
         "alone gets 384. Products of few tokens cost more each. A batch of 1 × 128 is one "
-        "micro-batch: a second node cannot speed it up. The bound of two nodes on 8 × 128, four "
-        "micro-batches, is 4 / 5 of twice one node's rate: either waits for the other while the "
-        "first or the last is computed. Backward, a node that waits computes activations again "
-        "meanwhile."
+        "micro-batch: a second node cannot speed it up. Local, twice at once: two processes that "
+        "each do all of it, for themselves; the machine gives two threads no more than that. The "
+        "bound of two nodes on 8 × 128, four micro-batches, is 4 / 5 of it: either waits for the "
+        "other while the first or the last is computed. Backward, a node that waits computes "
+        "activations again meanwhile."
     )
 
 
