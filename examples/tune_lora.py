@@ -65,4 +65,6 @@ async def main(directory: str = "") -> list[float]:
 
 
 if __name__ == "__main__":
+    for given in sys.argv[1:2]:
+        Path(given).mkdir(parents=True, exist_ok=True)  # before the work, should it be refused
     trio.run(main, *sys.argv[1:2])

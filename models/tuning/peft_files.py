@@ -361,7 +361,7 @@ def save_adapter(path: Path, adapter: Adapter, config: ModelConfig, base_model: 
     except OSError as error:
         raise UsageError(
             f"The adapter cannot be written to {path}: {error.strerror}.",
-            "Free some space, or choose another directory.",
+            "Choose a directory that can be written to and has room.",
         ) from error
 
 

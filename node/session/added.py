@@ -137,4 +137,5 @@ def _some(names: Sequence[str]) -> str:
 
 def _nobody(wanted: str, offered: Collection[str]) -> str:
     there = f"There are: {_some(sorted(offered))}." if offered else "Nobody offers any."
+    there = f"Check the path. {there}"
     raise UsageError(f"{wanted!r} is no directory, and no node offers an adapter of it.", there)

@@ -102,14 +102,22 @@ class Encoder:
         for index, turn in enumerate(turns):
             if turn["role"] != ASSISTANT:
                 continue
-            asked = self._render(turns[:index], ask=True) if index else ""
             said = self._render(turns[: index + 1])
+            asked = self._render(turns[:index], ask=True) if index else self._header(said)
             if writing.text_begins(asked) and whole.startswith(said) and said.startswith(asked):
                 writing.go_on(asked, learned=False)
                 writing.go_on(said, learned=True)
         if not any(writing.learned):
             raise Unusable("the chat template does not show where what the assistant says begins")
         return writing
+
+    def _header(self, said: str) -> str:
+        """What the template writes before an answer to nothing, as far as it shows that."""
+        try:
+            header = self._render((), ask=True)
+        except Unusable:
+            return ""
+        return header if said.startswith(header) else ""
 
     def _render(self, turns: Sequence[Mapping[str, Any]], *, ask: bool = False) -> str:
         template = self._template

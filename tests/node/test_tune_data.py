@@ -75,6 +75,23 @@ def test_of_a_conversation_what_the_assistant_says(tmp_path):
     assert shown(data.rows[0]) == [whole, "quick</s>fox</s>"]
 
 
+@pytest.mark.parametrize(
+    ("without", "learned"),
+    [
+        ("", "quick</s>"),
+        ("other", "assistant]quick</s>"),
+        ("{{ raise_exception('Say something.') }}", "assistant]quick</s>"),
+    ],
+    ids=["shows it", "shows another", "refuses"],
+)
+def test_a_conversation_that_the_assistant_begins(tmp_path, without, learned):
+    """Its header is not learned, where the template shows it without a turn before."""
+    template = f"{{% if not messages %}}{without}{{% endif %}}{CHAT}"
+    turns = [{"role": "assistant", "content": "quick"}, {"role": "user", "content": "a"}]
+    data = dataset(tmp_path, [{"messages": turns}], template=template)
+    assert shown(data.rows[0]) == ["[assistant]quick</s>", learned]
+
+
 def test_a_template_that_drops_what_was_thought_before_leaves_the_last_turn(tmp_path):
     """Older answers are written otherwise than they were said: only the last can be learned."""
     template = (
