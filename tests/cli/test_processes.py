@@ -58,11 +58,12 @@ class Serving:
 
 
 def narrow_pipe():
-    """A pipe that takes one event more only once the last one was read (Linux)."""
-    if sys.platform != "linux":
+    """A pipe that takes one event more only once the last one was read, where Linux has such."""
+    try:
+        ends = os.pipe2(os.O_DIRECT)
+        fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, mmap.PAGESIZE)
+    except (AttributeError, OSError):
         return os.pipe()
-    ends = os.pipe2(os.O_DIRECT)
-    fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, mmap.PAGESIZE)
     return ends
 
 

@@ -5,6 +5,7 @@ import gc
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterable
+from statistics import median
 from typing import Any
 
 import pytest
@@ -325,7 +326,10 @@ def taken_by_python(make: Callable[[], object]) -> int:
 )
 @pytest.mark.parametrize("lengths", [[1] * 64, [2] * 32, [64]], ids=["ones", "pairs", "one row"])
 def test_a_node_of_a_graph_takes_less_than_is_counted(span: Span, lengths: list[int]) -> None:
-    """But not much less: that would be room counted away."""
+    """But not much less: that would be room counted away.
+
+    What the heap holds is the whole process's: the middle of three, as other things come free.
+    """
     x = noise(64, span.config.hidden_size, seed=1)
 
     def kept() -> ForwardPass:
@@ -334,9 +338,10 @@ def test_a_node_of_a_graph_takes_less_than_is_counted(span: Span, lengths: list[
         return one
 
     def many() -> list[ForwardPass]:
-        return [kept() for _ in range(20)]
+        return [kept() for _ in range(10)]
 
     blocks = kept().kept or []
     tensors, nodes = sum(one.y.nbytes for one in blocks), sum(one.nodes for one in blocks)
-    each = ((taken_by_c(many) + taken_by_python(many)) / 20 - tensors) / nodes
+    taken = median(taken_by_c(many) for _ in range(3)) + taken_by_python(many)
+    each = (taken / 10 - tensors) / nodes
     assert NODE_BYTES / 2 < each < NODE_BYTES
