@@ -182,6 +182,7 @@ class HopSession:
         step = Step.parse(frame.header, self.opened.rows)
         started = trio.current_time()
         async with self._one_step:
+            await trio.lowlevel.checkpoint_if_cancelled()  # a lock is had also where all is over
             try:
                 hidden = self._check_hidden(step, frame)
                 rows = self._rows.prepare(step)

@@ -212,6 +212,7 @@ class Crew:
 
     async def _line(self, offer: Offer) -> TrainLine:
         async with self._opening.setdefault(offer.peer_id, trio.Lock()):
+            self._check_open()
             line = self._lines.get(offer.peer_id)
             if line is None or line.lost is not None or not self._covers(line, offer):
                 if offer.peer_id in self._avoided:  # it failed others who waited here before

@@ -26,9 +26,15 @@ def check_tensor(what: str, given: object) -> None:
             f"{what} is a {type(given).__name__}, not a tensor.",
             'Make tensors of it: a tokenizer does with return_tensors="pt".',
         )
-    if given.layout != torch.strided or given.device.type == "meta":
-        kind = "on the meta device" if given.device.type == "meta" else str(given.layout)
-        raise UsageError(f"{what} is a tensor {kind}.", "Give a dense tensor that holds numbers.")
+    unusual = {
+        "on the meta device": given.is_meta,
+        "nested": given.is_nested,
+        str(given.layout): given.layout != torch.strided,
+    }
+    for kind, is_so in unusual.items():
+        if is_so:
+            why = f"{what} is no dense tensor of numbers, but {kind}."
+            raise UsageError(why, "Give a dense tensor that holds numbers.")
 
 
 def check_floats(what: str, given: Tensor) -> None:
@@ -61,7 +67,7 @@ def row_lengths(given: Sequence[int], tokens: int, most: int) -> tuple[int, ...]
     may be numpy's, or those of a tensor."""
     try:
         lengths = tuple(int(index(length)) for length in given)
-    except TypeError:
+    except (TypeError, RuntimeError):  # the latter where a tensor has none
         raise UsageError(
             f"The lengths of rows are no whole numbers: {str(given)[:40]}.",
             "Give one for each row: [3, 4].",

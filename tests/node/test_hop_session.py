@@ -173,6 +173,31 @@ async def test_what_comes_on_a_feed_that_outlives_its_session_is_not_taken():
         assert (hop.engine.asked, hop.budget.used, task.ended) == ([], 0, True)
 
 
+class HandedOver:
+    """A lock that is had in the same moment in which the client leaves."""
+
+    def __init__(self, hop):
+        self.hop = hop
+
+    async def __aenter__(self):
+        self.hop.client.reset()
+        with trio.CancelScope(shield=True):
+            await self.hop.ended.wait()
+
+    async def __aexit__(self, *_):
+        pass
+
+
+async def test_a_step_whose_turn_comes_as_the_client_leaves_takes_no_cache():
+    async with a_hop() as hop:
+        feed, task = hop.open_feed()
+        await feed.receive()
+        hop.session._one_step = HandedOver(hop)
+        await feed.send(*step(0, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert (hop.engine.asked, hop.budget.used, task.ended) == ([], 0, True)
+
+
 async def test_a_client_that_leaves_before_it_hears_that_its_session_is_open():
     async with trio.open_nursery() as nursery:
         hop = Hop(nursery)

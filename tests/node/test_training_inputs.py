@@ -1,5 +1,7 @@
 """What callers give to a training session: other numbers, nonsense, two at once, too late."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import trio.testing
 
 from petalnode.errors import UsageError
 from petalnode.models.tuning.tuning import Tuning
+from petalnode.training.inputs import check_mask
 
 from .training_swarm import DEADLINE_S, FOUR, HIDDEN, Inline, numbers, open_training_swarm, tuning
 
@@ -67,9 +70,17 @@ async def test_lengths_of_other_kinds(checkpoint, x, lengths):
         assert torch.equal((await training.forward(x, lengths))[0], expected)
 
 
-@pytest.mark.parametrize("lengths", [5, None, "23", [2.0, 3.0], torch.tensor(5)], ids=str)
+NO_LENGTHS = [5, None, "23", [2.0, 3.0], torch.tensor(5), torch.ones(2, dtype=int, device="meta")]
+
+
+@pytest.mark.parametrize("lengths", NO_LENGTHS, ids=str)
 async def test_lengths_that_are_none(checkpoint, x, lengths):
     await refuses(checkpoint, "no whole numbers", x, lengths)
+
+
+def nested():
+    with warnings.catch_warnings(action="ignore"):  # the library's: that may change
+        return torch.nested.nested_tensor([torch.zeros(3, HIDDEN), torch.zeros(2, HIDDEN)])
 
 
 NO_NUMBERS = {
@@ -78,6 +89,7 @@ NO_NUMBERS = {
     "whole": (torch.zeros(5, HIDDEN, dtype=torch.int64), "int64.*cannot be trained"),
     "sparse": (torch.zeros(5, HIDDEN).to_sparse(), "sparse"),
     "meta": (torch.zeros(5, HIDDEN, device="meta"), "meta device"),
+    "nested": (nested(), "nested"),
 }
 
 
@@ -94,6 +106,19 @@ async def test_gradients_that_are_no_numbers(checkpoint, x, kind):
         _, record = await training.forward(x, [5])
         with pytest.raises(UsageError, match=why):
             await training.backward(record, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_any_dtype(dtype):
+    mask = check_mask(torch.tensor([[1, 1, 0]]).to(dtype), 1, 3)
+    assert (mask.dtype, mask.tolist()) == (torch.bool, [[True, True, False]])
+
+
+@pytest.mark.parametrize("other", [2.0, -1.0, 0.5, float("nan"), float("-inf")])
+def test_masks_with_other_numbers(other):
+    """Added to scores, 0 would mean a token and less padding: the opposite."""
+    with pytest.raises(UsageError, match="other numbers than 0 and 1"):
+        check_mask(torch.tensor([[1.0, 0.0, other]]), 1, 3)
 
 
 @pytest.mark.parametrize("block", [-1, 4])
@@ -160,3 +185,46 @@ async def test_a_session_that_is_closed_meanwhile(checkpoint, x, passed):
         with trio.fail_after(DEADLINE_S):
             for peer in swarm.peers.values():
                 await peer.server.wait_idle()
+
+
+async def test_a_session_that_is_closed_opens_nothing_more(checkpoint, x, monkeypatch):
+    """Whoever waited for the same hop to be opened does not open it again."""
+    async with open_training_swarm(checkpoint, [("a", 0, 4)]) as swarm:
+        opened, gate, open_stream = [], trio.Event(), swarm.open_stream
+
+        async def slowly(peer_id, protocol):
+            opened.append(peer_id)
+            await gate.wait()
+            return await open_stream(peer_id, protocol)
+
+        monkeypatch.setattr(swarm, "open_stream", slowly)
+
+        async def outside():
+            with pytest.raises(UsageError, match="was closed"):
+                await training.forward(x, [5])
+
+        async with trio.open_nursery() as nursery:
+            async with swarm.training() as training:
+                for _ in range(2):
+                    nursery.start_soon(outside)
+                await trio.testing.wait_all_tasks_blocked()
+            gate.set()
+    assert opened == ["a"]
+
+
+async def test_who_waits_for_peers_is_told_at_once_of_a_session_that_is_closed(
+    checkpoint, x, autojump_clock
+):
+    told = []
+    async with open_training_swarm(checkpoint) as swarm, trio.open_nursery() as nursery:
+
+        async def outside():
+            with pytest.raises(UsageError, match="was closed"):
+                await training.forward(x, [5])
+            told.append(trio.current_time())
+
+        async with swarm.training() as training:
+            nursery.start_soon(outside)
+            await trio.sleep(0.25)
+        closed = trio.current_time()
+    assert told == [closed]
