@@ -8,6 +8,8 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) * weight over the last dimension (arXiv 1910.07467), in x's dtype.
 
+    `weight` is frozen: its gradient would need what is overwritten here.
+
     torch 2.13 has no kernel of its own for CPUs: each of its operations there goes into new memory.
     The same operations, for the same numbers bit for bit, take less time in less memory.
     """

@@ -39,7 +39,6 @@ def check_tensor(what: str, given: object) -> None:
 
 def check_floats(what: str, given: Tensor) -> None:
     """Refuse what is not finite, or no floating point numbers that hops compute with."""
-    check_tensor(what, given)
     if given.dtype not in (*FLOATS, torch.float64):
         raise UsageError(
             f"{what} of {given.dtype} cannot be trained on.", "Convert it to torch.float32."
@@ -117,18 +116,15 @@ def check_gradient(grad: Tensor, output: Tensor) -> None:
 def check_mask(mask: Tensor, batch: int, tokens: int) -> Tensor:
     """An attention mask as booleans [``batch``, ``tokens``]. Refuses another shape, and numbers
     that are not 0 or 1: a mask to be added to scores means the opposite."""
-    what = "The attention mask"
-    check_tensor(what, mask)
+    check_tensor("The attention mask", mask)
+    remedy = "Give one number for each token: 1, or 0 for padding."
     if tuple(mask.shape) != (batch, tokens):
         raise UsageError(
             f"An attention mask of shape {tuple(mask.shape)} does not fit {batch} rows of "
             f"{tokens} tokens.",
-            "Give one number for each token: 1, or 0 for padding.",
+            remedy,
         )
     real = mask == 1
     if not bool((real | (mask == 0)).all()):
-        raise UsageError(
-            f"{what} has other numbers than 0 and 1.",
-            "Give one number for each token: 1, or 0 for padding.",
-        )
+        raise UsageError("The attention mask has other numbers than 0 and 1.", remedy)
     return real
